@@ -1,0 +1,53 @@
+# Two commands do everything: `make demo` renders a film, `make test` runs every check.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))) python3.11)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two pytest processes, one compute thread each: the checks are sized for two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup dev demo media test lint types unit five-minutes clean help
+
+help:
+	@echo "make demo          set up and render examples/demo.yaml with the bundled checkpoint"
+	@echo "make test          set up and run every check: ruff, mypy, architecture, tests"
+	@echo "make five-minutes  render examples/five_minutes.yaml and measure time and memory"
+	@echo "make clean         remove the virtual environment and what was rendered here"
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or 3.12 with venv, or name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed
+
+dev: $(VENV)/.installed-dev
+
+media: setup
+	$(BIN)/python examples/make_media.py
+
+demo: media
+	$(BIN)/longtake render examples/demo.yaml
+
+five-minutes: setup
+	$(BIN)/python examples/measure.py examples/five_minutes.yaml
+
+lint: dev
+	$(BIN)/ruff check .
+
+types: dev
+	$(BIN)/mypy
+
+unit: dev
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+test: lint types unit
+
+clean:
+	rm -rf $(VENV) renders runs examples/media

@@ -1,0 +1,121 @@
+"""The chain role: segments, each conditioned on the last frames of the one before. Also holds what the media
+role does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from actors.base import (
+    ActorContext,
+    Stopwatch,
+    mapped_errors,
+    merged_loras,
+    order_inputs,
+    produced,
+    scratch_folder,
+    write_tensors,
+)
+from actors.denoising import StepWatch, load_saved, make_schedule
+from actors.frames import decode_range, gather_pieces, video_frames
+from actors.media import run_media
+from model.checkpoint import load_dit, load_vae
+from model.generate import Models, SegmentRequest, generate_segment
+from model.vae import VAE
+from pipeline.params import SegmentParams, WeightsParams, noise_seeds
+from pipeline.quality import FrameGate
+from pipeline.tasks import Order, Produced
+
+
+def load_denoiser(context: ActorContext, weights: WeightsParams) -> Models:
+    """The DiT of a role with its LoRAs merged in, and the VAE."""
+    with scratch_folder(context) as scratch, mapped_errors():
+        dit = load_dit(
+            context.checkpoint_path,
+            device=context.device,
+            dtype=context.dtype,
+            loras=merged_loras(context, weights, scratch),
+            attention=weights["attention"],
+            role=context.role,
+        )
+        vae = load_vae(context.checkpoint_path, device=context.device, dtype=context.dtype)
+        return Models(dit, vae, torch.device(context.device), context.dtype)
+
+
+class ChainActor:
+    """Holds the chain's DiT and the VAE. Orders: `segment`, and `source`, `encode`, `film`."""
+
+    def setup(self, context: ActorContext) -> None:
+        self._context = context
+        self._models: Models | None = None
+        if context.weights is not None:
+            self._models = load_denoiser(context, context.weights)
+
+    def run(self, order: Order) -> Produced:
+        models = self._models
+        assert models is not None, "the chain role was set up without weights"
+        with mapped_errors(), scratch_folder(self._context) as scratch:
+            if order.task.kind == "segment":
+                return run_segment(self._context, models, order, scratch)
+            return run_media(self._context, models.vae, order, scratch)
+
+    def close(self) -> None:
+        self._models = None
+
+
+def run_segment(context: ActorContext, models: Models, order: Order, scratch: Path) -> Produced:
+    """Denoise one segment; latents fp32 [16,T,H,W] and, if a successor wants it, the decoded tail uint8
+    [n,h,w,3].
+    """
+    watch, params = Stopwatch(), cast(SegmentParams, order.task.params)
+    inputs = order_inputs(context, order, scratch)
+    schedule = make_schedule(params["schedule"])
+    saved = load_saved(context, order, scratch)
+    negative = None if params["negative_text"] is None else inputs[params["negative_text"]]
+    text = inputs[params["text"]]
+    request = SegmentRequest(
+        text=text["text"],
+        text_mask=text["mask"],
+        negative_text=None if negative is None else negative["text"],
+        negative_mask=None if negative is None else negative["mask"],
+        height_px=params["height_px"],
+        width_px=params["width_px"],
+        segment_frames=params["segment_frames"],
+        cond_frames=gather_pieces(models.vae, inputs, params["conditions"])
+        if params["condition_frames"]
+        else None,
+        noise_seeds=noise_seeds(params["noise"]),
+        schedule=schedule,
+        guidance=params["guidance"],
+        start_step=saved.step if saved else 0,
+        resume=saved.latents if saved else None,
+        on_step=StepWatch(context, order, schedule.steps),
+    )
+    latents = generate_segment(models, request)
+    tail, measures = look_at(models.vae, latents, order.task.label, params)
+    tensors = {"latents": latents.float().cpu()} | ({"tail": tail} if len(tail) else {})
+    file = write_tensors(context, f"{order.attempt_path}/segment.safetensors", tensors)
+    return produced((file,), watch, measures)
+
+
+def look_at(vae: VAE, latents: Tensor, label: str, params: SegmentParams) -> tuple[Tensor, dict[str, float]]:
+    """Decode a segment once: its last `tail_frames` frames, and what the gate measures on its new frames.
+
+    Raises QualityError here rather than when the film is encoded: a new seed for this segment may help.
+    """
+    gate, kept = FrameGate(), []
+    stop = video_frames(vae, latents.shape[1])
+    position = params["condition_frames"]
+    for frames in decode_range(vae, latents, position, stop):
+        gate.add(frames.numpy())
+        position += len(frames)
+        overlap = min(len(frames), position - (stop - params["tail_frames"]))
+        if overlap > 0:
+            kept.append(frames[len(frames) - overlap :])
+    gate.check(label)
+    measures = {"frames": float(gate.frames), **gate.measures()}
+    return torch.cat(kept) if kept else torch.empty(0), measures

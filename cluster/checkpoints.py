@@ -1,0 +1,82 @@
+"""`longtake checkpoint convert|verify|pull`, and the check of a checkpoint's structure that a render makes in
+a child process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from cluster.probe import hub_folder
+from model.errors import CheckpointError, ModelError
+from pipeline.errors import CheckpointFault
+from pipeline.facts import load_render_facts
+
+
+def convert_checkpoint(source: Path, target: Path, dtype: Literal["bf16", "int8"]) -> int:
+    """Write role-merged shards; the LoRAs of each role are those of the checkpoint's render.json."""
+    from model.convert import convert
+
+    facts = load_render_facts(source)
+    chain = [(source / lora.file, lora.strength) for lora in facts.quality.draft.loras]
+    refine = [(source / lora.file, lora.strength) for lora in facts.refine.loras]
+    try:
+        manifest = convert(source, target, role_loras={"chain": chain, "refine": refine}, dtype=dtype, progress=_show)
+    except ModelError as error:
+        raise CheckpointFault(str(error)) from error
+    print(f"{target}: {len(manifest.files)} files")
+    return 0
+
+
+def verify_checkpoint(folder: Path) -> int:
+    """Check structure, bytes against the manifest, and values."""
+    from model.verify import verify
+
+    try:
+        found = verify(folder, values=True, progress=_show)
+    except CheckpointError as error:
+        raise CheckpointFault(str(error)) from error
+    print(f"{folder}: {found.files} files, {found.total_bytes:,} bytes, all as they should be")
+    if found.digest:
+        print(f"digest {found.digest}")
+    return 0
+
+
+def pull_checkpoint(name: str, target: Path | None) -> int:
+    """Fetch a checkpoint from the hub; the same command continues after an interruption."""
+    from model.pull import pull
+
+    folder = target or hub_folder(name)
+    try:
+        manifest = pull(name, folder, progress=_show)
+    except CheckpointError as error:
+        raise CheckpointFault(str(error)) from error
+    print(f"{folder}: {len(manifest.files)} files")
+    return 0
+
+
+def _show(what: str, done_bytes: int, total_bytes: int) -> None:
+    """One line that is written over, on a terminal only."""
+    if sys.stderr.isatty():
+        end = "\n" if done_bytes >= total_bytes else "\r"
+        print(f"{100 * done_bytes / max(total_bytes, 1):5.1f} % {what[:60]:<60}", end=end, file=sys.stderr)
+
+
+def check_structure(folder: Path) -> int:
+    """Print every missing, unexpected or misshapen tensor; 0 if there is none, otherwise 2. Reads headers
+    only.
+    """
+    from model.shards import PICKLE_SUFFIXES
+    from model.verify import structure_problems
+
+    problems = [line.replace(f"{folder}/", "") for line in structure_problems(folder)]
+    if any(line.endswith(PICKLE_SUFFIXES) for line in problems):
+        problems.append("a pickle could run code and is never opened: keep safetensors files only")
+    if problems:
+        print("\n  ".join([f"{folder}: is damaged or incomplete", *problems]))
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(check_structure(Path(sys.argv[2])))

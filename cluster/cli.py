@@ -1,0 +1,248 @@
+"""`longtake ...`: the door. Parses arguments, calls one function for each command, turns errors into one line
+and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 usage or input, 4 quality gate, 75 stopped by SIGTERM, 130 stopped by Ctrl-C
+(both resumable). Commands import what they need when they run: help, plan, verify, status and schema load
+neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.errors import LongtakeError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    command: Command = options.command
+    try:
+        return command(options)
+    except LongtakeError as error:
+        print(f"longtake: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("longtake: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`longtake plan film.yaml | head`); nothing is wrong with the
+        # film.
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        from cluster.crash import record_crash
+
+        print(f"longtake: unexpected {type(error).__name__}: {record_crash(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longtake", description="Render minutes-long AI video from a storyboard, resumable bit for bit."
+    )
+    parser.add_argument("--version", action="version", version=f"longtake {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_plan(commands)
+    _add_render(commands)
+    _add_status(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    schema = commands.add_parser("schema", help="print the JSON schema of a storyboard")
+    schema.set_defaults(command=_schema)
+    _add_doctor(commands)
+    _add_checkpoint(commands)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("longtake")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("storyboard", type=Path, metavar="FILM", help="a storyboard (.yaml) or a film longtake made")
+    add("--until", choices=("film", "stage-one"), default="film", help="stop before refinement: stage-one")
+    add("--shots", type=_names, default=None, metavar="A,B", help="render these shots only")
+    add("--store", default=None, metavar="PLACE", help="folder or s3://, gs://, az:// address of the render")
+    add("--json", action="store_true", help="machine-readable output on stdout")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("plan", help="print every task of a render without rendering")
+    _add_selection(parser)
+    parser.set_defaults(command=_plan)
+
+
+def _add_render(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("render", help="render a storyboard; the same command again continues")
+    _add_selection(parser)
+    add = parser.add_argument
+    add("--fresh", action="store_true", help="start over: forget everything committed")
+    add("--strip", action="store_true", help="leave the recipe out of the film's metadata")
+    add("--allow-mixed", action="store_true", help="continue under another numerics record, and report it")
+    add(
+        "--workers",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="how many (default: one a GPU or CPU core)",
+    )
+    add("--threads", type=_positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
+    add("--address", default=None, metavar="HOST:PORT", help="join a running Ray cluster")
+    parser.set_defaults(command=_render)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("place", metavar="RENDER", help="a storyboard, or the folder or address of its render")
+    add("--store", default=None, metavar="PLACE", help="where the storyboard's render lies, if elsewhere")
+    add("--json", action="store_true", help="machine-readable output on stdout")
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("status", help="how far a render is, running or not")
+    _add_place(parser)
+    parser.set_defaults(command=_status)
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("verify", help="check every committed byte of a render")
+    _add_place(parser)
+    parser.set_defaults(command=_verify)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("inspect", help="measure drift, seams and faults of a film or a render")
+    add = parser.add_argument
+    add("place", metavar="FILM|RENDER", help="any film file, or a storyboard, folder or address of a render")
+    add("--store", default=None, metavar="PLACE", help="where the storyboard's render lies, if elsewhere")
+    add("--out", type=Path, default=None, metavar="FOLDER", help="where JSON, Parquet and page go")
+    add("--json", action="store_true", help="machine-readable output on stdout")
+    parser.set_defaults(command=_inspect)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("doctor", help="check this machine and the bundled checkpoint")
+    parser.set_defaults(command=_doctor)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("checkpoint", help="convert, verify or pull model weights")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="merge LoRAs by role and store as bf16 or int8")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+    convert.add_argument("--dtype", choices=("bf16", "int8"), default="bf16")
+    convert.set_defaults(command=_checkpoint_convert)
+    verify = actions.add_parser("verify", help="check names, shapes and digests of a checkpoint folder")
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(command=_checkpoint_verify)
+    pull = actions.add_parser("pull", help="download a checkpoint from the hub; continues where it stopped")
+    pull.add_argument("name", metavar="ORG/NAME")
+    pull.add_argument("--to", type=Path, default=None, metavar="FOLDER")
+    pull.set_defaults(command=_checkpoint_pull)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from cluster.show import print_plan
+
+    return print_plan(options.storyboard, options.store, until=options.until, shots=options.shots, as_json=options.json)
+
+
+def _render(options: argparse.Namespace) -> int:
+    from cluster.render import RenderRequest, render
+
+    return render(
+        RenderRequest(
+            storyboard=options.storyboard,
+            store=options.store,
+            until=options.until,
+            shots=options.shots,
+            fresh=options.fresh,
+            strip=options.strip,
+            allow_mixed=options.allow_mixed,
+            workers=options.workers,
+            threads=options.threads,
+            device=options.device,
+            address=options.address,
+            as_json=options.json,
+        )
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    from cluster.show import print_status
+
+    return print_status(options.place, options.store, as_json=options.json)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from cluster.show import print_verification
+
+    return print_verification(options.place, options.store, as_json=options.json)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from cluster.inspect import print_inspection
+
+    return print_inspection(options.place, options.store, options.out, as_json=options.json)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    import json
+
+    from pipeline.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from cluster.doctor import print_diagnosis
+
+    return print_diagnosis()
+
+
+def _checkpoint_convert(options: argparse.Namespace) -> int:
+    from cluster.checkpoints import convert_checkpoint
+
+    return convert_checkpoint(options.source, options.target, options.dtype)
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from cluster.checkpoints import verify_checkpoint
+
+    return verify_checkpoint(options.folder)
+
+
+def _checkpoint_pull(options: argparse.Namespace) -> int:
+    from cluster.checkpoints import pull_checkpoint
+
+    return pull_checkpoint(options.name, options.to)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,457 @@
+"""A thin carrier around the machine: an async Ray actor that feeds it events and carries its commands out.
+
+It decides nothing about tasks. It knows Ray (workers, their answers, their deaths) and keeps that from the
+rest: whatever Ray raises becomes a `WorkerLost` event in `lost_worker`, the one place that knows Ray's
+exceptions. Commands go through `pipeline.carrier`, strictly in order. All ledger and store calls run in one
+thread, one after another; the event loop stays free for progress, stop and whoever follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+from ray import exceptions as ray_errors
+
+from cluster.crash import record_crash
+from cluster.job import Failed, Greeting, News, Outcome, RenderJob
+from cluster.publish import FILMS_FOLDER, Publisher
+from cluster.recipe import make_plan
+from cluster.worker import SIDE_GROUP, worker_class
+from pipeline import events as ev
+from pipeline.carrier import carry_out
+from pipeline.errors import LongtakeError
+from pipeline.ledger import Ledger
+from pipeline.machine import Machine
+from pipeline.params import WeightsParams
+from pipeline.plan import Plan
+from pipeline.report import RenderState
+from pipeline.store import Store, open_store
+from pipeline.tasks import CommitRecord, Order, Produced, Role
+
+T = TypeVar("T")
+
+TICK_S = 1.0
+POLL_S = 0.5
+POLL_LIMIT_S = 20.0
+HEARTBEAT_S = 10.0
+START_LIMIT_S = 300.0
+DISMISS_LIMIT_S = 2.0
+FAILED_STARTS = 5
+"""Workers that die while starting, in a row, before the render is given up."""
+RAY_LOSSES = (ray_errors.RayError,)
+
+
+@dataclass
+class Member:
+    """One worker process."""
+
+    worker_id: str
+    handle: Any
+    node_id: str = ""
+    host: str = ""
+
+    def aside(self, method: str) -> Any:
+        """Call a method that does not wait for the running order."""
+        return getattr(self.handle, method).options(concurrency_group=SIDE_GROUP).remote()
+
+
+@dataclass
+class Story:
+    """Events for whoever follows the render; those it has seen are dropped."""
+
+    first: int = 0
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def tell(self, event: str, **content: Any) -> None:
+        self.events.append({"event": event, "time": round(time.time(), 3), **content})
+
+    def since(self, cursor: int) -> tuple[list[dict[str, Any]], int]:
+        self.events = self.events[max(cursor - self.first, 0) :]
+        self.first = max(cursor, self.first)
+        return list(self.events), self.first + len(self.events)
+
+
+class Orchestrator:
+    """One render. `run` returns when it is over; `follow` and `stop` may be called meanwhile."""
+
+    def __init__(self, job: RenderJob) -> None:
+        self._job = job
+        self._story = Story()
+        self._store = open_store(job.store_url)
+        self._ledger = Ledger(self._store, on_wait=lambda why: self._story.tell("waiting", message=why))
+        self._io = ThreadPoolExecutor(1, "ledger")
+        self._queue: asyncio.Queue[ev.Event] = asyncio.Queue()
+        self._members: dict[str, Member] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._commits: dict[str, CommitRecord] = {}
+        self._machine: Machine | None = None
+        self._weights: Mapping[str, WeightsParams] = {}
+        self._started = 0
+        self._failed_starts = 0
+        self._replan_wanted = False
+        self._finish: ev.Finish | None = None
+        self._outcome: Outcome | None = None
+        self._over = asyncio.Event()
+
+    async def run(self) -> Outcome:
+        """Render until there is an outcome. Raises nothing."""
+        try:
+            outcome = await self._render()
+        except LongtakeError as error:
+            outcome = Outcome(error.exit_code, str(error))
+        except Exception as error:
+            outcome = Outcome(1, f"unexpected {type(error).__name__}: {record_crash(error)}")
+        await self._close()
+        self._outcome = outcome
+        self._story.tell("finished", exit_code=outcome.exit_code, message=outcome.message)
+        self._over.set()
+        return outcome
+
+    async def follow(self, cursor: int, wait_s: float) -> News:
+        """News since `cursor`, after at most `wait_s`. Safe to call again after a lost answer."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._over.wait(), wait_s)
+        outcome = self._outcome
+        events, after = self._story.since(cursor)
+        summary = self._machine.progress(time.monotonic()) if self._machine else None
+        return News(events, after, summary, outcome)
+
+    async def stop(self, exit_code: int) -> None:
+        """Stop in order: running denoising saves its state. A second call does not wait for that."""
+        self._put(ev.StopRequested(time.monotonic(), exit_code))
+
+    # The loop
+
+    async def _render(self) -> Outcome:
+        plan = await self._io_call(self._open)
+        self._publisher = Publisher(self._store, self._job.recipe, plan, self._job.settings.ffmpeg)
+        self._weights = plan.weights
+        self._spawn(self._tick())
+        self._spawn(self._heartbeat())
+        await self._handle(ev.Tick(time.monotonic()))
+        if self._finish is None:
+            self._hire(plan)
+        while self._finish is None:
+            await self._handle(await self._queue.get())
+        await self._publish_end(self._finish)
+        film = self._commits.get(self._publisher.plan.film_task_id)
+        return Outcome(self._finish.exit_code, self._finish.message, film)
+
+    def _open(self) -> Plan:
+        """Take the lease, read the ledger, plan: everything that has to be true before the first event."""
+        epoch = self._ledger.take_lease()
+        if self._job.fresh:
+            self._ledger.check_lease()
+            forget(self._store)
+        state = self._ledger.load()
+        self._commits = dict(state.commits)
+        plan = make_plan(self._job.recipe, state.redo)
+        self._job.recipe.put(self._store)
+        self._machine = Machine(plan.tasks, state, epoch=epoch)
+        for problem in state.problems:
+            self._story.tell("note", message=problem, warning=True)
+        return plan
+
+    def _hire(self, plan: Plan) -> None:
+        left = sum(task_id not in self._commits for task_id in plan.tasks)
+        self._story.tell("started", tasks=len(plan.tasks), left=left, **asdict(self._job.placement))
+        for _ in range(self._job.placement.workers):
+            self._spawn(self._start_worker())
+
+    async def _handle(self, event: ev.Event) -> None:
+        """Feed one event and what its commands lead to."""
+        assert self._machine is not None
+        pending = [event]
+        while pending and self._finish is None:
+            commands = self._machine.handle(pending.pop(0))
+            if not commands:
+                continue
+            try:
+                led_to = await self._io_call(partial(carry_out, commands, self._ledger, self, time.monotonic))
+            except LongtakeError as error:
+                led_to = [ev.LedgerFailed(time.monotonic(), ev.fault_of(error))]
+            for outcome in led_to:
+                self._tell_commit(outcome)
+            if self._replan_wanted:
+                await self._replan()
+            pending += led_to
+
+    async def _replan(self) -> None:
+        """Plan again under the ledger's new overrides; in the loop, where nobody else touches the machine."""
+        assert self._machine is not None
+        self._replan_wanted = False
+        state = await self._io_call(self._ledger.load)
+        self._publisher.plan = plan = make_plan(self._job.recipe, state.redo)
+        self._machine.replace_plan(plan.tasks)
+
+    def _tell_commit(self, event: ev.Event) -> None:
+        if isinstance(event, ev.Committed):
+            record = event.record
+            self._commits[record.task_id] = record
+            seconds = round(record.seconds, 3)
+            self._story.tell("committed", task=record.task_id, seconds=seconds, host=record.host)
+        elif isinstance(event, ev.CommitRefused):
+            self._story.tell("commit_refused", task=event.task_id, message=event.fault.message)
+
+    # The machine's hands: called in the ledger's thread, none of them waits (see pipeline.carrier.Hands)
+
+    def assign_role(self, worker_id: str, role: Role) -> None:
+        self._later(lambda: self._with(worker_id, lambda member: self._assign(member, role)))
+
+    def dispatch(self, worker_id: str, order: Order) -> None:
+        self._later(lambda: self._with(worker_id, lambda member: self._dispatch(member, order)))
+
+    def recycle(self, worker_id: str, reason: str) -> None:
+        self._story.tell("worker_recycled", worker=worker_id, reason=reason)
+        self._later(lambda: self._replace(worker_id))
+
+    def stop_orders(self, worker_ids: tuple[str, ...]) -> None:
+        for member in [self._members[name] for name in worker_ids if name in self._members]:
+            member.aside("stop")
+
+    def refresh(self) -> None:
+        self._later(lambda: self._spawn(self._publish()))
+
+    def replan(self, task_id: str) -> None:
+        self._story.tell("replanned", task=task_id)
+        self._replan_wanted = True
+
+    def note(self, message: str, warning: bool) -> None:
+        self._story.tell("note", message=message, warning=warning)
+
+    def finish(self, exit_code: int, message: str) -> None:
+        self._finish = ev.Finish(exit_code, message)
+
+    # Workers
+
+    def _with(self, worker_id: str, work: Callable[[Member], Coroutine[Any, Any, None]]) -> None:
+        """Start `work` on a worker; one that is gone meanwhile has been reported as lost."""
+        if worker_id in self._members:
+            self._spawn(work(self._members[worker_id]))
+
+    async def _start_worker(self) -> None:
+        """Start one worker process, compare its numerics with the render's, and let it join."""
+        self._started += 1
+        place, worker_id = self._job.placement, f"w{self._started}"
+        actor = worker_class().options(num_cpus=place.num_cpus, num_gpus=place.num_gpus)
+        member = Member(worker_id, actor.remote(self._job.settings))
+        self._members[worker_id] = member
+        try:
+            greeting = await asyncio.wait_for(_value(member.handle.greet.remote()), START_LIMIT_S)
+        except (TimeoutError, *RAY_LOSSES) as error:
+            await self._start_again(worker_id, error)
+            return
+        if isinstance(greeting, Failed):
+            self._put(ev.LedgerFailed(time.monotonic(), greeting.fault))
+        else:
+            await self._welcome(member, greeting)
+
+    async def _welcome(self, member: Member, greeting: Greeting) -> None:
+        allow_mixed = self._job.allow_mixed
+        try:
+            mixed = await self._io_call(lambda: self._ledger.pin_numerics(greeting.numerics, allow_mixed=allow_mixed))
+        except LongtakeError as error:
+            self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
+            return
+        self._failed_starts = 0
+        member.node_id, member.host = greeting.node_id, greeting.host
+        for difference in mixed:
+            self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
+        self._story.tell("worker_joined", worker=member.worker_id, host=greeting.host, process=greeting.pid)
+        self._put(ev.WorkerJoined(time.monotonic(), member.worker_id, greeting.node_id))
+
+    async def _start_again(self, worker_id: str, error: BaseException) -> None:
+        self._dismiss(worker_id)
+        self._failed_starts += 1
+        reason = f"a worker did not start: {first_line(error)}"
+        if self._failed_starts >= FAILED_STARTS:
+            self._put(ev.LedgerFailed(time.monotonic(), ev.Fault("permanent", reason)))
+            return
+        self._story.tell("note", message=reason, warning=True)
+        await asyncio.sleep(2.0**self._failed_starts)
+        await self._start_worker()
+
+    async def _assign(self, member: Member, role: Role) -> None:
+        self._story.tell("role", worker=member.worker_id, role=role)
+        answer = await self._ask(member, member.handle.assume.remote(role, self._weights.get(role)))
+        if isinstance(answer, Failed):
+            self._put(ev.RoleFailed(time.monotonic(), member.worker_id, role, answer.fault))
+        elif answer is not None:
+            self._put(ev.WorkerReady(time.monotonic(), member.worker_id, role))
+
+    async def _dispatch(self, member: Member, order: Order) -> None:
+        task, worker_id = order.task, member.worker_id
+        self._story.tell("dispatched", task=task.id, label=task.label, worker=worker_id, attempt=order.attempt)
+        poll = asyncio.create_task(self._poll(member, order))
+        answer = await self._ask(member, member.handle.run.remote(order))
+        poll.cancel()
+        about = (time.monotonic(), worker_id, task.id, order.attempt, order.epoch)
+        if isinstance(answer, Failed):
+            await self._tell_failed(member, order, answer.fault)
+            self._put(ev.TaskFailed(*about, answer.fault, answer.partial, answer.steps))
+        elif isinstance(answer, Produced):
+            self._put(ev.TaskProduced(*about, answer))
+
+    async def _tell_failed(self, member: Member, order: Order, fault: ev.Fault) -> None:
+        """Say what failed and where, and keep the worker's last lines beside the render."""
+        task = order.task
+        path = f"logs/{task.id}-{order.attempt:04d}-{order.epoch}.log"
+        about = {"label": task.label, "host": member.host, "kind": fault.kind, "message": fault.message}
+        self._story.tell("failed", task=task.id, **about, log=path)
+        text = f"{task.label}: {fault.kind}: {fault.message}\n{fault.log_tail}\n"
+        # The machine's journal keeps them too; a full disk has worse news to tell.
+        with contextlib.suppress(LongtakeError):
+            await self._io_call(lambda: self._store.put_replace(path, text.encode()))
+
+    async def _poll(self, member: Member, order: Order) -> None:
+        """Ask for progress now and then, while the order runs."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                now = await asyncio.wait_for(_value(member.aside("progress")), POLL_LIMIT_S)
+            except (TimeoutError, *RAY_LOSSES):
+                # Silence is no progress: the machine's own limits decide what that means.
+                continue
+            if now.task_id == order.task.id:
+                about = (time.monotonic(), member.worker_id, now.task_id, now.attempt)
+                self._put(ev.Progress(*about, now.steps, now.frames))
+                if now.partial is not None:
+                    self._put(ev.Progress(*about, now.partial_steps, now.frames, now.partial))
+
+    async def _ask(self, member: Member, reference: Any) -> Any:
+        """The answer to a call, or None if the worker was lost instead (and is being replaced)."""
+        try:
+            return await _value(reference)
+        except RAY_LOSSES as error:
+            if member.worker_id in self._members:
+                event = await asyncio.to_thread(lost_worker, time.monotonic(), member, error)
+                about = {"worker": member.worker_id, "host": member.host}
+                self._story.tell("worker_lost", **about, reason=event.reason)
+                self._put(event)
+                self._replace(member.worker_id)
+            return None
+
+    def _replace(self, worker_id: str) -> None:
+        self._dismiss(worker_id)
+        self._spawn(self._start_worker())
+
+    def _dismiss(self, worker_id: str) -> None:
+        """End a worker's process; whatever it still answers is ignored."""
+        member = self._members.pop(worker_id, None)
+        if member is not None:
+            with contextlib.suppress(*RAY_LOSSES):
+                ray.kill(member.handle)
+
+    # Housekeeping
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._put(ev.Tick(time.monotonic()))
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            try:
+                await self._io_call(self._ledger.renew_lease)
+            except LongtakeError as error:
+                self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
+
+    async def _publish(self) -> None:
+        """Write what a person looks at; a failure there never harms the render."""
+        try:
+            await asyncio.to_thread(self._publisher.refresh, dict(self._commits))
+        except LongtakeError as error:
+            self._story.tell("note", message=f"not refreshed: {error}", warning=True)
+
+    async def _publish_end(self, finish: ev.Finish) -> None:
+        state: RenderState = "done" if finish.exit_code == 0 else "failed"
+        if finish.exit_code in (75, 130):
+            state = "stopped"
+        try:
+            await asyncio.to_thread(self._publisher.conclude, dict(self._commits), state, finish.message)
+        except LongtakeError as error:
+            self._story.tell("note", message=f"not refreshed: {error}", warning=True)
+
+    async def _close(self) -> None:
+        for task in list(self._background):
+            task.cancel()
+        for member in list(self._members.values()):
+            with contextlib.suppress(*RAY_LOSSES, asyncio.TimeoutError):
+                await asyncio.wait_for(_value(member.aside("dismiss")), DISMISS_LIMIT_S)
+            self._dismiss(member.worker_id)
+        with contextlib.suppress(LongtakeError):
+            if self._ledger.epoch:
+                await self._io_call(self._ledger.release_lease)
+
+    def _put(self, event: ev.Event) -> None:
+        self._queue.put_nowait(event)
+
+    def _later(self, action: Callable[[], None]) -> None:
+        """Run in the event loop, from the ledger's thread."""
+        self._loop.call_soon_threadsafe(action)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        """A background task that breaks must not leave the render waiting for ever."""
+        self._background.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            message = f"unexpected {type(error).__name__}: {record_crash(error)}"
+            self._put(ev.LedgerFailed(time.monotonic(), ev.Fault("permanent", message)))
+
+    async def _io_call(self, call: Callable[[], T]) -> T:
+        self._loop = asyncio.get_running_loop()
+        return await self._loop.run_in_executor(self._io, call)
+
+
+def lost_worker(now_s: float, member: Member, error: BaseException) -> ev.WorkerLost:
+    """The one place where Ray's exceptions become an event.
+
+    An unavailable actor counts as lost: its order may or may not have been executed, which the ledger and the
+    attempt's own folder make harmless.
+    """
+    match error:
+        case ray_errors.OutOfMemoryError():
+            return ev.WorkerLost(now_s, member.worker_id, "killed because the node ran out of memory")
+        case ray_errors.NodeDiedError():
+            return ev.WorkerLost(now_s, member.worker_id, "its node died", node_lost=True)
+        case ray_errors.ObjectLostError():
+            return ev.WorkerLost(now_s, member.worker_id, "its answer was lost with a node", node_lost=True)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    node_lost = bool(member.node_id) and member.node_id not in alive
+    return ev.WorkerLost(now_s, member.worker_id, first_line(error), node_lost)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def forget(store: Store) -> None:
+    """Start over: remove all that a render has made but the leases, which go on counting; commits first."""
+    for folder in ("commits", "journal", "partials", "attempts", FILMS_FOLDER):
+        for file in store.list(folder):
+            store.delete(file.path)
+    store.delete("numerics.json")
+
+
+async def _value(reference: Any) -> Any:
+    return await reference
+
+
+def orchestrator_class() -> Any:
+    """The Ray actor class; it holds no GPU and hardly any CPU."""
+    return ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=100)(Orchestrator)

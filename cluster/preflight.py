@@ -1,0 +1,128 @@
+"""What is checked before any worker starts: the output's place, the encoder, the disk, the checkpoint's
+tensors.
+
+Every check raises one error that names the field, the value and the remedy. The checkpoint's structure is
+compared with the networks it describes in a child process, so that the driver itself never loads torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from cluster.recipe import Recipe
+from pipeline.errors import CheckpointFault, SettingError, StoreFull
+from pipeline.facts import CheckpointFacts
+from pipeline.media_child import find_ffmpeg
+from pipeline.media_encode import choose_encoder
+from pipeline.plan import Plan
+from pipeline.store import Store
+from pipeline.tasks import RECIPE_VERSION
+
+CHECK_LIMIT_S = 600.0
+PROBE_FILE = "logs/probe"
+SPARE_BYTES = 64 << 20
+COPIES = 1.5
+"""The film lies there as units, as film, and as film so far; asking a little too much beats a full disk."""
+
+
+def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, done: Collection[str]) -> None:
+    """Raise the first problem that would stop the render later. `done`: tasks that are committed already."""
+    choose_encoder(recipe.spec.output.codec, find_ffmpeg(os.environ.get("LONGTAKE_FFMPEG")))
+    check_writable(Path(plan.output_path))
+    check_store(store)
+    check_space(plan, store, done)
+    check_checkpoint(recipe.facts.checkpoint)
+
+
+def check_writable(target: Path) -> None:
+    """Whether the film can be put at `target`. Raises SettingError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+        probe = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise SettingError(
+            f"cannot be written: {error.strerror}",
+            field="output.path",
+            value=str(target),
+            remedy="Name a file in a writable folder.",
+        ) from error
+
+
+def check_store(store: Store) -> None:
+    """Whether files can be put into the store. Raises SettingError, StoreError."""
+    try:
+        store.put_replace(PROBE_FILE, b"")
+        store.delete(PROBE_FILE)
+    except SettingError as error:
+        raise SettingError(error.message, field="--store", value=store.url, remedy=error.remedy) from error
+
+
+def check_space(plan: Plan, store: Store, done: Collection[str]) -> None:
+    """Whether what is still to be made fits. Raises StoreFull."""
+    free_bytes = store.free_bytes()
+    left = sum(task.work for task in plan.tasks.values() if task.id not in done)
+    share = left / max(plan.estimate.total_s, 1e-9)
+    needed_bytes = math.ceil(SPARE_BYTES + COPIES * share * plan.estimate.disk_bytes)
+    if free_bytes is not None and free_bytes < needed_bytes:
+        raise StoreFull(
+            f"{store.url}: {_megabytes(needed_bytes)} are needed, {_megabytes(free_bytes)} are free; "
+            "make room or name another --store. What is committed is kept."
+        )
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{math.ceil(size_bytes / 1e6):,} MB"
+
+
+def check_checkpoint(checkpoint: CheckpointFacts) -> None:
+    """Compare every tensor's name and shape with the networks. Raises CheckpointFault with all findings.
+
+    Done once for each digest: what has this digest and was found good stays good.
+    """
+    passed = _cache_folder() / f"{checkpoint.digest[:32]}-{RECIPE_VERSION}"
+    if not passed.exists():
+        _check_structure(Path(checkpoint.path))
+        with contextlib.suppress(OSError):
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "longtake" / "checked"
+
+
+def _check_structure(folder: Path) -> None:
+    command = [sys.executable, "-m", "cluster.checkpoints", "structure", str(folder)]
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=CHECK_LIMIT_S,
+            env=os.environ | {"PYTHONPATH": path},
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        message = f"its files could not be read within {CHECK_LIMIT_S:.0f} s"
+        raise CheckpointFault(message, field="checkpoint", value=str(folder)) from error
+    if done.returncode == 2:
+        remedy = "Get the files again, or name another checkpoint."
+        raise CheckpointFault(done.stdout.strip(), field="checkpoint", remedy=remedy)
+    if done.returncode != 0:
+        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        message = f"its check did not run: {last_line}"
+        raise SettingError(message, field="checkpoint", value=str(folder))

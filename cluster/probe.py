@@ -1,0 +1,120 @@
+"""From a storyboard to the facts its plan needs: the media it names, the checkpoint, LoRA files. Loads
+neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import model
+from model.digest import digest
+from model.errors import CheckpointError
+from pipeline.errors import CheckpointFault, InputFileError, SettingError
+from pipeline.facts import CheckpointFacts, Facts, MediaFacts, load_render_facts
+from pipeline.media_child import Ffmpeg, find_ffmpeg
+from pipeline.media_film import read_recipe
+from pipeline.media_read import probe
+from pipeline.spec import Storyboard, load_spec, parse_spec
+
+CHUNK_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILM_SUFFIXES = (".mp4", ".mov", ".mkv")
+
+
+def load_storyboard(path: Path) -> Storyboard:
+    """The storyboard in a YAML file, or the one that a film made by longtake carries in its metadata."""
+    if path.suffix.lower() not in FILM_SUFFIXES:
+        return load_spec(path)
+    recipe = json.loads(read_recipe(path, find_ffmpeg()))
+    if "spec" not in recipe:
+        raise InputFileError("carries a recipe of another kind", field=str(path), remedy="Use its storyboard.")
+    return parse_spec(json.dumps(recipe["spec"]), str(path))
+
+
+def probe_facts(spec: Storyboard, *, device: str) -> Facts:
+    """Everything the plan needs. Raises InputFileError, CheckpointFault, SettingError naming what cannot be
+    used.
+    """
+    checkpoint = probe_checkpoint(spec.checkpoint)
+    paths = spec.media_paths()
+    ffmpeg = find_ffmpeg()
+    found = {path: probe_media(path, kind, ffmpeg) for path, kind in paths.items()}
+    loras = {lora.file: _lora_sha256(lora.file) for lora in spec.loras}
+    return Facts(checkpoint=checkpoint, media=found, loras=loras, device=device)
+
+
+def probe_checkpoint(name: str) -> CheckpointFacts:
+    """`pocket`, a folder, or the id of a checkpoint pulled from the hub."""
+    folder = find_checkpoint(name)
+    try:
+        return CheckpointFacts(str(folder), digest(folder), load_render_facts(folder))
+    except CheckpointError as error:
+        raise CheckpointFault(str(error), field="checkpoint", value=name) from error
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder that a storyboard's `checkpoint` means. Raises CheckpointFault."""
+    if name == "pocket":
+        return Path(str(model.__file__)).parent / "pocket"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if _HUB_ID.fullmatch(name) and hub_folder(name).is_dir():
+        return hub_folder(name)
+    remedy = "Name a checkpoint folder or `pocket`."
+    if _HUB_ID.fullmatch(name):
+        remedy = f"Name a checkpoint folder or `pocket`, or fetch it: longtake checkpoint pull {name}"
+    raise CheckpointFault("no such folder", field="checkpoint", value=name, remedy=remedy)
+
+
+def hub_folder(name: str) -> Path:
+    """Where `checkpoint pull` puts a hub checkpoint by default."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "longtake" / "checkpoints" / name.replace("/", "--")
+
+
+def probe_media(path: str, kind: str, ffmpeg: Ffmpeg) -> MediaFacts:
+    """One image, video or soundtrack. Raises InputFileError if it is something else or damaged."""
+    info = probe(Path(path), ffmpeg)
+    if info.kind != kind and not (kind == "audio" and info.has_audio):
+        what = _article(kind)
+        raise InputFileError(f"is not {what}", field=path, value=info.kind, remedy=f"Name {what} file.")
+    return MediaFacts(
+        path=path,
+        sha256=file_sha256(Path(path)),
+        kind=info.kind,
+        width_px=info.width_px,
+        height_px=info.height_px,
+        fps=float(info.fps or 0),
+        duration_s=float(info.duration_s),
+        frame_count=info.frame_count,
+        has_audio=info.has_audio,
+    )
+
+
+def _article(kind: str) -> str:
+    return {"image": "an image", "video": "a video", "audio": "a sound"}[kind]
+
+
+def _lora_sha256(path: str) -> str:
+    if Path(path).suffix != ".safetensors":
+        remedy = "Pickles are never opened."
+        raise SettingError("a LoRA is a safetensors file", field="loras", value=path, remedy=remedy)
+    return file_sha256(Path(path))
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a user's file. Raises InputFileError."""
+    sha256 = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                sha256.update(chunk)
+    except OSError as error:
+        remedy = "Name a file that exists and is readable."
+        raise InputFileError(f"cannot be read: {error.strerror}", field=str(path), remedy=remedy) from error
+    return sha256.hexdigest()

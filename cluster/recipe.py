@@ -1,0 +1,91 @@
+"""What a render was ordered with: storyboard and facts, enough to plan it again anywhere, from the store
+alone.
+
+`recipe.json` in the render's folder. The orchestrator plans from it, and so does `longtake status`: both see
+the same tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from pipeline.errors import SettingError
+from pipeline.facts import CheckpointFacts, Facts, MediaFacts, RenderFacts
+from pipeline.plan import Plan, Until, plan_film
+from pipeline.spec import Storyboard, parse_spec, recipe_text
+from pipeline.store import Store
+
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An order for a film. `facts.redo` is left empty here: the ledger knows the redo generations."""
+
+    spec: Storyboard
+    facts: Facts
+    until: Until = "film"
+    shots: tuple[str, ...] | None = None
+    strip: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the software, for the film's metadata."""
+
+    def put(self, store: Store) -> None:
+        """Write `recipe.json`."""
+        store.put_replace(RECIPE_FILE, json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode())
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able; `from_json` reads it back."""
+        checkpoint = self.facts.checkpoint
+        return {
+            "spec": self.spec.as_written(),
+            "checkpoint": {
+                "path": checkpoint.path,
+                "digest": checkpoint.digest,
+                "render": checkpoint.render.model_dump(),
+            },
+            "media": {path: asdict(media) for path, media in self.facts.media.items()},
+            "loras": dict(self.facts.loras),
+            "device": self.facts.device,
+            "until": self.until,
+            "shots": list(self.shots) if self.shots is not None else None,
+            "strip": self.strip,
+            "versions": dict(self.versions),
+            "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Recipe:
+        """What `to_json` wrote."""
+        checkpoint = value["checkpoint"]
+        facts = Facts(
+            checkpoint=CheckpointFacts(
+                checkpoint["path"], checkpoint["digest"], RenderFacts.model_validate(checkpoint["render"])
+            ),
+            media={path: MediaFacts(**media) for path, media in value["media"].items()},
+            loras=value["loras"],
+            device=value["device"],
+        )
+        shots = None if value["shots"] is None else tuple(value["shots"])
+        spec = parse_spec(json.dumps(value["spec"]), RECIPE_FILE)
+        return cls(spec, facts, value["until"], shots, value["strip"], value["versions"])
+
+
+def load_recipe(store: Store) -> Recipe:
+    """The recipe of the render in this store. Raises SettingError if there is none."""
+    try:
+        return Recipe.from_json(json.loads(store.read(RECIPE_FILE)))
+    except FileNotFoundError:
+        remedy = "Name the folder of a render, or its storyboard."
+        raise SettingError("no render here", field="--store", value=store.url, remedy=remedy) from None
+
+
+def make_plan(recipe: Recipe, redo: Mapping[str, int]) -> Plan:
+    """The render's plan under the ledger's redo generations."""
+    facts = replace(recipe.facts, redo=dict(redo))
+    text = None if recipe.strip else recipe_text(recipe.spec, recipe.versions)
+    return plan_film(recipe.spec, facts, until=recipe.until, shots=recipe.shots, recipe=text)

@@ -1,0 +1,311 @@
+"""`longtake render`: plan, check, start the orchestrator, follow it, put the film in its place.
+
+The driver holds no state of the render: it may be killed at any moment, and the same command goes on from
+what is committed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+
+from cluster.job import News, Outcome, RenderJob, WorkerSettings
+from cluster.placement import place_workers
+from cluster.preflight import check_before_rendering
+from cluster.probe import load_storyboard, probe_facts
+from cluster.progress import Display, format_seconds, make_display
+from cluster.recipe import Recipe, make_plan
+from pipeline.errors import InputFileError, Interrupted, SettingError
+from pipeline.lease import refuse_if_live, this_process
+from pipeline.ledger import Ledger, LedgerState
+from pipeline.media_encode import ENCODER_THREADS
+from pipeline.plan import Plan, Until
+from pipeline.spec import Storyboard
+from pipeline.store import Store, open_store
+from pipeline.tasks import CommitRecord
+
+FOLLOW_S = 0.5
+ANSWER_LIMIT_S = 30.0
+SILENCE_LIMIT_S = 600.0
+"""A machine short of memory or processors may let an orchestrator wait for minutes."""
+ORPHAN_WAIT_S = 5.0
+STOP_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+
+
+@dataclass(frozen=True)
+class RenderRequest:
+    """The command line of `longtake render`."""
+
+    storyboard: Path
+    store: str | None = None
+    until: Until = "film"
+    shots: list[str] | None = None
+    fresh: bool = False
+    strip: bool = False
+    allow_mixed: bool = False
+    workers: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    address: str | None = None
+    as_json: bool = False
+
+
+@dataclass
+class Stop:
+    """Signals that asked for a stop. Until `deferred` is set, one ends the command at once by Interrupted."""
+
+    codes: list[int] = field(default_factory=list)
+    deferred: bool = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.codes.append(STOP_CODES[signal.Signals(number)])
+        if not self.deferred:
+            raise Interrupted("stopped before rendering began", self.codes[-1])
+
+    def install(self) -> None:
+        """Ray puts a handler of its own over ours when it starts, so this is called again afterwards."""
+        for number in STOP_CODES:
+            signal.signal(number, self)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A render that has been planned: what `longtake plan` prints and `longtake render` runs."""
+
+    recipe: Recipe
+    store: Store
+    plan: Plan
+    done: frozenset[str]
+    """Tasks of the plan that are committed already."""
+
+
+def prepare(request: RenderRequest) -> Prepared:
+    """Read the storyboard, probe what it names, plan under what the store's ledger says. Runs nothing."""
+    spec = load_storyboard(request.storyboard)
+    store = open_store(request.store or default_store(spec, request.storyboard))
+    recipe = Recipe(
+        spec,
+        probe_facts(spec, device=guess_device(request.device)),
+        until=request.until,
+        shots=None if request.shots is None else tuple(request.shots),
+        strip=request.strip,
+        versions=software_versions(),
+    )
+    state = LedgerState() if request.fresh else Ledger(store).load()
+    plan = make_plan(recipe, state.redo)
+    return Prepared(recipe, store, plan, frozenset(state.commits.keys() & plan.tasks.keys()))
+
+
+def render(request: RenderRequest) -> int:
+    """Render; returns the exit code. Raises LongtakeError for what the command line reports in one line."""
+    started_s = time.monotonic()
+    with _stopping() as stop:
+        prepared = prepare(request)
+        target = Path(prepared.plan.output_path)
+        _refuse_second(prepared.store)
+        check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.done)
+        display = make_display(as_json=request.as_json)
+        try:
+            outcome = _run(request, prepared, display, stop)
+        finally:
+            display.close()
+        return _conclude(outcome, prepared.store, target, display, request, time.monotonic() - started_s)
+
+
+def default_store(spec: Storyboard, storyboard: Path) -> str:
+    """`renders/<slug>` of the title, or of the file's name where there is no title."""
+    name = spec.title if spec.title != Storyboard.model_fields["title"].default else storyboard.stem
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+    return str(Path("renders") / (slug or "film"))
+
+
+def software_versions() -> dict[str, str]:
+    """What the film's metadata names besides the storyboard."""
+    found = {}
+    for name in ("longtake", "torch"):
+        # An uninstalled checkout has no version of its own.
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def guess_device(choice: str) -> str:
+    """What the plan's estimate assumes before the cluster is known; Ray's resources decide in the end."""
+    if choice != "auto":
+        return choice
+    return "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+
+
+def _refuse_second(store: Store) -> None:
+    """Raise SettingError if a render on this machine writes here.
+
+    Waits a little first: an orchestrator whose driver was killed ends within seconds. Elsewhere only a
+    holder's heartbeat tells; taking the lease watches that.
+    """
+    until_s = time.monotonic() + ORPHAN_WAIT_S
+    while (holder := Ledger(store).holder()) is not None:
+        try:
+            refuse_if_live(store, holder, this_process(), watch_s=0.0, sleep=time.sleep)
+            return
+        except SettingError:
+            if time.monotonic() >= until_s:
+                raise
+            time.sleep(0.2)
+
+
+@contextmanager
+def _stopping() -> Iterator[Stop]:
+    """SIGTERM and Ctrl-C stop in order: running denoising saves its state first."""
+    before = {number: signal.getsignal(number) for number in STOP_CODES}
+    stop = Stop()
+    stop.install()
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Stop) -> Outcome:
+    """Start a session and an orchestrator in it, and follow that to its end."""
+    from cluster.session import open_session
+
+    recipe, store, plan = prepared.recipe, prepared.store, prepared.plan
+    put_media(plan, store)
+    cpus = max(_cores(), (request.workers or 1) * (request.threads or 1))
+    with open_session(request.address, cpus=cpus) as session:
+        placement = place_workers(
+            session.resources,
+            device=request.device,
+            workers=request.workers,
+            threads=request.threads,
+            useful=useful_workers(plan),
+        )
+        settings = WorkerSettings(
+            store_url=store.url,
+            checkpoint_path=recipe.facts.checkpoint.path,
+            device=placement.device,
+            dtype=placement.dtype,
+            threads=placement.threads,
+            ffmpeg=os.environ.get("LONGTAKE_FFMPEG"),
+            encoder_threads=ENCODER_THREADS,
+            scratch_root=session.scratch_path,
+        )
+        job = RenderJob(store.url, recipe, placement, settings, request.fresh, request.allow_mixed)
+        stop.deferred = True
+        stop.install()
+        return _follow(job, display, stop)
+
+
+def _follow(job: RenderJob, display: Display, stop: Stop) -> Outcome:
+    """Show what the orchestrator tells until it is over; pass on requests to stop."""
+    import ray
+
+    from cluster.orchestrator import orchestrator_class
+
+    orchestrator = orchestrator_class().remote(job)
+    orchestrator.run.remote()
+    cursor, passed_on, heard_s = 0, 0, time.monotonic()
+    while True:
+        for code in stop.codes[passed_on:]:
+            orchestrator.stop.remote(code)
+            display.line("stopping: running work is being saved; once more does not wait for it")
+            passed_on += 1
+        try:
+            news: News = ray.get(orchestrator.follow.remote(cursor, FOLLOW_S), timeout=ANSWER_LIMIT_S)
+        except ray.exceptions.RayError as error:
+            is_slow = isinstance(error, ray.exceptions.GetTimeoutError)
+            if is_slow and time.monotonic() - heard_s < SILENCE_LIMIT_S:
+                continue
+            return _lost(error, stop)
+        cursor, heard_s = news.cursor, time.monotonic()
+        for event in news.events:
+            display.event(event)
+        if news.summary is not None:
+            display.progress(news.summary)
+        if news.outcome is not None:
+            return news.outcome
+
+
+def _lost(error: Exception, stop: Stop) -> Outcome:
+    """The orchestrator's process is gone. After a request to stop that is how some systems carry it out."""
+    if stop.codes:
+        return Outcome(stop.codes[-1], "stopped; the same command continues")
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return Outcome(1, f"the orchestrator is gone ({first_line}); the same command continues")
+
+
+def put_media(plan: Plan, store: Store) -> None:
+    """Copy the user's files that the plan uses into the store, under names made of their content."""
+    for name, path in plan.media.items():
+        if store.head(name) is None:
+            written = store.write_attempt(name, Path(path))
+            if written.sha256 != Path(name).stem:
+                store.delete(name)
+                remedy = "Run the same command again."
+                raise InputFileError("changed while it was read", field=path, remedy=remedy)
+
+
+def useful_workers(plan: Plan) -> int:
+    """How many workers the plan can keep busy at its widest."""
+    kinds = [task.kind for task in plan.tasks.values()]
+    return max(1, kinds.count("window"), kinds.count("encode"))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _conclude(
+    outcome: Outcome,
+    store: Store,
+    target: Path,
+    display: Display,
+    request: RenderRequest,
+    elapsed_s: float,
+) -> int:
+    """Put the film in its place and say how it went; the exit code."""
+    if outcome.exit_code != 0 or outcome.film is None:
+        print(f"longtake: {outcome.message}", file=sys.stderr)
+        return outcome.exit_code
+    path = deliver(outcome.film, store, target)
+    if request.as_json:
+        now_s, seconds = round(time.time(), 3), round(elapsed_s, 3)
+        display.event({"event": "film", "time": now_s, "path": path, "seconds": seconds})
+    else:
+        print(f"done in {format_seconds(elapsed_s)}", file=sys.stderr)
+        print(path)
+    return 0
+
+
+def deliver(film: CommitRecord, store: Store, target: Path) -> str:
+    """Copy the verified film to `target`, all or nothing; returns where it is."""
+    artifact = film.files[0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copyfile(store.open_local(artifact, Path(scratch)), partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        remedy = f"The film is kept in {store.url}; make room or name another place and run the same command."
+        raise SettingError(
+            f"cannot be written: {error.strerror}", field="output.path", value=str(target), remedy=remedy
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return str(target)

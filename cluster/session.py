@@ -1,0 +1,182 @@
+"""The Ray session of one command: a private local cluster, or a connection to a running one.
+
+A local session has its own short temporary folder (socket paths must stay under 108 bytes), a small object
+store (frames never travel through it), no dashboard and a token of its own, and it ends with the command.
+Connecting to a cluster whose address is not loopback needs Ray's token authentication to be on: anyone who
+reaches an open cluster can run code on it.
+
+Raises SettingError for an address that cannot be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import SettingError
+
+NAMESPACE = "longtake"
+OBJECT_STORE_BYTES = 100 * 1024 * 1024
+START_ATTEMPTS = 4
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_FOLDER_PREFIX = "lt-"
+# "<folder>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" has to fit into 107 bytes.
+_MAX_TEMP_CHARS = 24
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connection to a cluster: its resources by Ray's names, and a local cluster's own folder."""
+
+    resources: dict[str, float]
+    scratch_path: str | None
+
+
+@contextlib.contextmanager
+def open_session(address: str | None, *, cpus: int) -> Iterator[Session]:
+    """Start a local cluster of `cpus` slots, or join the one at `address`."""
+    with local_session(cpus) if address is None else _joined_session(address) as session:
+        yield session
+
+
+@contextlib.contextmanager
+def local_session(cpus: int) -> Iterator[Session]:
+    """A private cluster on this machine, gone when the context ends."""
+    sweep_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=_temp_root()))
+    try:
+        with _environment(_local_environment(folder)):
+            yield from _connected(
+                str(folder),
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+            )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _joined_session(address: str) -> Iterator[Session]:
+    check_address(address)
+    try:
+        yield from _connected(None, address=address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        message = f"cannot join the cluster: {first_line}"
+        remedy = "Check `ray status` there."
+        raise SettingError(message, field="--address", value=address, remedy=remedy) from error
+
+
+def _connected(scratch_path: str | None, **options: Any) -> Iterator[Session]:
+    import ray
+
+    # Ray prints deaths of workers to our stdout, which belongs to the film's path or the events.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        _init_patiently(namespace=NAMESPACE, log_to_driver=False, logging_level="CRITICAL", **options)
+        try:
+            yield Session(dict(ray.cluster_resources()), scratch_path)
+        finally:
+            ray.shutdown()
+
+
+def _init_patiently(**options: Any) -> None:
+    """ray.init, again where the machine was too busy for Ray's own fixed start-up limit of 30 s."""
+    import ray
+
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            # Ray has no type of its own for this.
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                raise
+
+
+def check_address(address: str) -> None:
+    """Refuse a cluster that is reachable from elsewhere and has no token. Raises SettingError."""
+    if is_loopback(address) or _has_token():
+        return
+    raise SettingError(
+        "a cluster that is not loopback needs token authentication",
+        field="--address",
+        value=address,
+        remedy="Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token.",
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` or `ray://host:port` can only be this machine. Unclear names count as reachable."""
+    host = re.sub(r"^[a-z]+://", "", address)
+    host = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0]
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _has_token() -> bool:
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return False
+    return any(os.environ.get(name) for name in TOKEN_VARIABLES) or (Path.home() / ".ray" / "auth_token").exists()
+
+
+def _local_environment(folder: Path) -> dict[str, str]:
+    """What Ray's own processes read from the environment. A caller's choice of authentication wins."""
+    values = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # A busy machine may take minutes to start an interpreter; giving up earlier would only start over.
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # One interpreter for each worker is enough: no idle ones in reserve.
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+    }
+    if "RAY_AUTH_MODE" not in os.environ:
+        token = folder / "token"
+        descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    return values
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _temp_root() -> str:
+    root = tempfile.gettempdir()
+    return root if len(root) <= _MAX_TEMP_CHARS else "/tmp"
+
+
+def sweep_abandoned() -> None:
+    """Remove the folders of local sessions that were killed."""
+    for folder in Path(_temp_root()).glob(f"{_FOLDER_PREFIX}*"):
+        match = re.fullmatch(rf"{_FOLDER_PREFIX}(\d+)-.+", folder.name)
+        if match and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{match[1]}").exists():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,188 @@
+"""A Ray actor around the actors of one machine slot: takes roles, runs orders, reports progress, stops when
+asked.
+
+Nothing it calls is allowed to raise into Ray: what goes wrong comes back as a `Failed` with the fault, the
+host and the last log lines, so that an exception from Ray itself always means that the process or its machine
+is gone. Orders run one at a time; progress and stop have a concurrency group of their own, because a
+running synchronous call cannot be interrupted from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+
+from cluster.job import Failed, Greeting, Standing, WorkerSettings
+from pipeline.events import fault_of
+from pipeline.media_child import find_ffmpeg
+from pipeline.params import WeightsParams
+from pipeline.store import open_store
+from pipeline.tasks import ArtifactFile, Order, Produced, Role
+
+if TYPE_CHECKING:
+    from actors.base import ActorContext
+
+log = logging.getLogger("longtake.worker")
+LOG_TAIL_LINES = 20
+SIDE_GROUP = "progress"
+"""Concurrency group of `progress`, `stop` and `dismiss`; the other methods wait for each other."""
+T = TypeVar("T")
+
+
+class Worker:
+    """See the module's docstring. Made into a Ray actor by `worker_class`."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        _ignore_termination()
+        self._settings = settings
+        self._tail = _LogTail()
+        self._scratch_path = Path(tempfile.mkdtemp(prefix="lt-work-", dir=settings.scratch_root))
+        self._stop = threading.Event()
+        self._standing = Standing()
+        self._actor: Any = None
+
+    def greet(self) -> Greeting | Failed:
+        """Import the libraries and say which ones they are."""
+        return self._guarded(self._greet)
+
+    def assume(self, role: Role, weights: WeightsParams | None) -> Role | Failed:
+        """Let the present role's models go and load those of `role`; `weights` say which, for roles with a
+        DiT.
+        """
+        return self._guarded(lambda: self._assume(role, weights))
+
+    def run(self, order: Order) -> Produced | Failed:
+        """Compute one order."""
+        self._stop.clear()
+        self._standing = Standing(order.task.id, order.attempt)
+        try:
+            return self._guarded(lambda: self._actor.run(order))
+        finally:
+            self._standing = Standing()
+
+    def progress(self) -> Standing:
+        """How far the running order is."""
+        return self._standing
+
+    def stop(self) -> None:
+        """Ask the running order to save its state and end."""
+        self._stop.set()
+
+    def dismiss(self) -> None:
+        """Clean up; the process is about to be ended."""
+        shutil.rmtree(self._scratch_path, ignore_errors=True)
+
+    def _guarded(self, action: Callable[[], T]) -> T | Failed:
+        """The worker boundary: the one place that catches everything."""
+        try:
+            return action()
+        except BaseException as error:
+            log.exception("failed: %s", self._standing.task_id or "changing role")
+            where = f"host {socket.gethostname()}, process {os.getpid()}"
+            fault = fault_of(error, f"{where}\n{self._tail.text()}")
+            return Failed(fault, self._standing.partial, self._standing.partial_steps)
+
+    def _greet(self) -> Greeting:
+        from actors.numerics import describe_numerics
+
+        settings = self._settings
+        set_threads(settings.threads)
+        numerics = describe_numerics(
+            settings.device, settings.dtype, settings.threads, settings.ffmpeg, settings.encoder_threads
+        )
+        node_id = ray.get_runtime_context().get_node_id()
+        return Greeting(node_id, socket.gethostname(), os.getpid(), numerics)
+
+    def _assume(self, role: Role, weights: WeightsParams | None) -> Role:
+        from actors import make_actor
+
+        if self._actor is not None:
+            self._actor.close()
+            self._actor = None
+            gc.collect()
+        actor = make_actor(role)
+        actor.setup(self._context(role, weights))
+        self._actor = actor
+        return role
+
+    def _context(self, role: Role, weights: WeightsParams | None) -> ActorContext:
+        import torch
+
+        from actors.base import ActorContext
+
+        settings = self._settings
+        return ActorContext(
+            store=open_store(settings.store_url),
+            checkpoint_path=Path(settings.checkpoint_path),
+            role=role,
+            weights=weights,
+            device=settings.device,
+            dtype=getattr(torch, settings.dtype),
+            ffmpeg=find_ffmpeg(settings.ffmpeg),
+            encoder_threads=settings.encoder_threads,
+            scratch_path=self._scratch_path,
+            stop=self._stop,
+            report=self._report,
+            saved=self._saved,
+        )
+
+    def _report(self, steps: int, frames: int) -> None:
+        now = self._standing
+        self._standing = Standing(now.task_id, now.attempt, steps, frames, now.partial, now.partial_steps)
+
+    def _saved(self, partial: ArtifactFile, steps: int) -> None:
+        now = self._standing
+        self._standing = Standing(now.task_id, now.attempt, now.steps, now.frames, partial, steps)
+
+
+class _LogTail(logging.Handler):
+    """Keeps the last lines of the log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", "%H:%M:%S"))
+        logging.getLogger().addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.extend(self.format(record).splitlines())
+
+    def text(self) -> str:
+        return "\n".join(self._lines)
+
+
+def _ignore_termination() -> None:
+    """A SIGTERM to a whole process group must reach the orchestrator as a stop, not end the worker under an
+    order.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def set_threads(threads: int) -> None:
+    """Let torch compute with so many threads and no others: their number is part of the numerics record."""
+    import torch
+
+    torch.set_num_threads(threads)
+    with contextlib.suppress(RuntimeError):
+        # Can be set only before the first parallel work of the process.
+        torch.set_num_interop_threads(1)
+
+
+def worker_class() -> Any:
+    """The Ray actor class. Retries belong to the machine, so Ray restarts and retries nothing."""
+    return ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={SIDE_GROUP: 2})(Worker)

@@ -1,0 +1,371 @@
+"""Speed of the kernels at the sizes of the real model: `python -m kernels.bench [--only NAME]`. Needs a GPU.
+
+Each kernel is first compared with fp64 on random inputs, its output poisoned beforehand, beside the same
+computation in eager bf16. A kernel whose error is above twice eager bf16's gets no speed, and the command
+fails. Ratios compare times of one run on one card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels.block_sparse_attention import reference as bsa_reference
+from kernels.linear import api as linear
+from kernels.linear import reference as linear_reference
+from kernels.modulate import api as modulate
+from kernels.modulate import reference as modulate_reference
+from kernels.norm_rope import api as norm_rope
+from kernels.norm_rope import reference as norm_rope_reference
+from kernels.swiglu import api as swiglu
+
+DEVICE = "cuda"
+HEADS, SIZE, WIDTH, INNER = 32, 128, 4096, 11008
+TOKENS_480P, TOKENS_720P = 24 * 30 * 52, 48 * 44 * 80
+SPARSITY, BLOCK = 0.9375, 64
+ALLOWED_ERROR_RATIO = 2.0
+_CHECKED_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table. `wanted`: the target as words; `met`: None where there is none."""
+
+    what: str
+    result: str
+    wanted: str = ""
+    met: bool | None = None
+
+    def text(self) -> str:
+        verdict = {None: "", True: "met", False: "missed"}[self.met]
+        return f"| {self.what} | {self.result} | {self.wanted} | {verdict} |"
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """Largest errors against fp64, relative to its largest value."""
+
+    kernel: float
+    eager: float
+
+    @property
+    def admitted(self) -> bool:
+        return self.kernel <= ALLOWED_ERROR_RATIO * self.eager  # False for NaN
+
+    def text(self) -> str:
+        return f"error {self.kernel:.1e}, eager bf16 {self.eager:.1e}"
+
+
+def compare(kernel: Tensor, eager: Tensor, exact: Tensor) -> Accuracy:
+    """Accuracy of two results against an fp64 one."""
+    largest = exact.abs().max()
+    errors = [float((out.double() - exact).abs().max() / largest) for out in (kernel, eager)]
+    return Accuracy(*errors)
+
+
+def refusal(what: str, accuracy: Accuracy) -> Row:
+    """The row of a kernel that is not exact enough: it has no speed."""
+    return Row(what, f"refused: {accuracy.text()}", f"at most {ALLOWED_ERROR_RATIO:g} x eager", False)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors are full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Deterministic algorithms fill what `torch.empty` returns: it is their default.
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def seconds(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of a call on the card."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 2 GiB."""
+    source = torch.empty(2**30, dtype=torch.int16, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 2 / seconds(lambda: target.copy_(source))
+
+
+# -- block-sparse attention -------------------------------------------------------------------------------
+
+
+def attention_rows() -> Iterator[Row]:
+    from kernels.block_sparse_attention import triton_impl as bsa
+
+    q, k, v = (F.rms_norm(normal(1, HEADS, TOKENS_720P, SIZE, seed=s), (SIZE,)) for s in range(3))
+    descriptors = torch.cuda.get_device_capability() >= (9, 0)
+    blocks = TOKENS_720P // BLOCK
+    top = bsa_reference.blocks_to_keep(blocks, SPARSITY)
+    flops = 4 * HEADS * SIZE * TOKENS_720P * top * BLOCK
+    means = bsa.block_means(q, BLOCK), bsa.block_means(k, BLOCK)
+    kept, counts = bsa.choose_blocks(*means, top=top, cdf_threshold=None)
+    # After RMSNorm no logit exceeds D^1/2 (weights of one); a little more for the rounding to bf16.
+    bound = 1.01 * SIZE**0.5
+
+    tiles = bsa.Tiles(BLOCK, BLOCK, descriptors)
+
+    def attend(limit: float | None, options: dict[str, int]) -> Tensor:
+        return bsa.launch_forward(q, k, v, kept, counts, tiles, limit, options)[0]
+
+    fastest: float | None = None
+    ways = (("running maximum", None), ("fixed shift", bound))
+    for (name, limit), stages in itertools.product(ways, (1, 2)):
+        options = {**bsa.FORWARD_OPTIONS, "num_stages": stages}
+        what = f"block-sparse attention forward, {TOKENS_720P} tokens, sparsity {SPARSITY}, {name}, stages {stages}"
+        with poisoned():
+            accuracy = _attention_accuracy(attend(limit, options), q, k, v, kept)
+        if not accuracy.admitted:
+            yield refusal(what, accuracy)
+            continue
+        time = seconds(functools.partial(attend, limit, options))
+        rate = flops / time / 1e12
+        yield Row(what, f"{time * 1e3:.1f} ms, {rate:.0f} TFLOP/s; {accuracy.text()}", "400 TFLOP/s", rate >= 400)
+        fastest = time if fastest is None else min(time, fastest)
+    if fastest is None:
+        return
+    yield _dense_row(q, k, v, fastest)
+    yield _flex_row(q, k, v, kept, counts, fastest)
+    yield from _gating_rows(q, k, top, fastest)
+
+
+def _attention_accuracy(out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Accuracy:
+    """On query blocks drawn from the real run: all heads, first and last blocks among them."""
+    blocks = torch.randint(0, kept.shape[2], (_CHECKED_ROWS,), generator=torch.Generator().manual_seed(1)).tolist()
+    heads = [i % HEADS for i in range(_CHECKED_ROWS)]
+    blocks[0], blocks[-1] = 0, kept.shape[2] - 1
+    results: dict[torch.dtype, list[Tensor]] = {torch.float64: [], torch.bfloat16: []}
+    for head, block in zip(heads, blocks, strict=True):
+        rows = (kept[0, head, block].long()[:, None] * BLOCK + torch.arange(BLOCK, device=DEVICE)).flatten()
+        for dtype, parts in results.items():
+            query = q[0, head, block * BLOCK : (block + 1) * BLOCK].to(dtype)
+            near_k, near_v = k[0, head, rows].to(dtype), v[0, head, rows].to(dtype)
+            parts.append((query @ near_k.T * SIZE**-0.5).softmax(-1) @ near_v)
+    seen = [out[0, h, b * BLOCK : (b + 1) * BLOCK] for h, b in zip(heads, blocks, strict=True)]
+    return compare(torch.stack(seen), torch.stack(results[torch.bfloat16]), torch.stack(results[torch.float64]))
+
+
+def _dense_row(q: Tensor, k: Tensor, v: Tensor, fastest: float) -> Row:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v), repeats=3)
+    ratio = dense / fastest
+    return Row("the same beside dense flash attention", f"{ratio:.1f} x its speed", "10 x", ratio >= 10)
+
+
+def _flex_row(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, fastest: float) -> Row:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    wide = F.pad(kept, (0, k.shape[2] // BLOCK - kept.shape[-1]))
+    nothing = torch.zeros_like(counts), torch.zeros_like(wide)
+    mask = BlockMask.from_kv_blocks(*nothing, counts, wide, BLOCK_SIZE=BLOCK)
+    flex = torch.compile(flex_attention)
+    options: Any = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}
+    with torch.no_grad():
+        time = seconds(lambda: flex(q, k, v, block_mask=mask, kernel_options=options), repeats=5)
+    ratio = time / fastest
+    return Row("the same beside FlexAttention, same blocks", f"{ratio:.1f} x its speed", "2 x", ratio >= 2)
+
+
+def _gating_rows(q: Tensor, k: Tensor, top: int, attention: float) -> Iterator[Row]:
+    from kernels.block_sparse_attention import triton_impl as bsa
+
+    q_means, k_means = bsa.block_means(q, BLOCK), bsa.block_means(k, BLOCK)
+    kept, _ = bsa.choose_blocks(q_means, k_means, top=top, cdf_threshold=None)
+    scores = q_means[0, -1].double() @ k_means[0, -1].double().T
+    best = scores.topk(top).values.sum(-1)
+    got = scores.gather(-1, kept[0, -1].long()).sum(-1)
+    # Ties and rounding may swap blocks at the border; the mass of what is kept may not suffer.
+    loss = float(((best - got) / best.abs()).max())
+    if not loss < 1e-4:
+        yield Row("gating", f"refused: the blocks kept lose {loss:.1e} of the best score", "1e-4", False)
+        return
+    time = seconds(lambda: bsa.choose_blocks(q_means, k_means, top=top, cdf_threshold=None))
+    pooling = seconds(lambda: (bsa.block_means(q, BLOCK), bsa.block_means(k, BLOCK)))
+    share = time / attention
+    result = f"{time * 1e3:.2f} ms, {share:.1%} of attention"
+    yield Row("gating, means from norm_rope", result, "10 %", share <= 0.10)
+    share = (time + pooling) / attention
+    yield Row("gating with its own block means", f"{(time + pooling) * 1e3:.2f} ms, {share:.1%}", "10 %", share <= 0.10)
+
+
+# -- passes over rows -------------------------------------------------------------------------------------
+
+
+def bandwidth_row(what: str, accuracy: Accuracy, call: Callable[[], object], moved_bytes: int, copy: float) -> Row:
+    """A kernel that should be limited by memory alone: its share of the bandwidth of a copy."""
+    if not accuracy.admitted:
+        return refusal(what, accuracy)
+    time = seconds(call)
+    rate = moved_bytes / time
+    result = f"{time * 1e3:.3f} ms, {rate / 1e12:.2f} TB/s, {rate / copy:.0%} of copy; {accuracy.text()}"
+    return Row(what, result, "75 % of copy", rate >= 0.75 * copy)
+
+
+def row_rows() -> Iterator[Row]:
+    copy = copy_bandwidth()
+    yield Row("copy (read + write)", f"{copy / 1e12:.2f} TB/s")
+    for tokens in (TOKENS_480P, TOKENS_720P):
+        yield _norm_rope_row(tokens, copy)
+        yield from _modulate_rows(tokens, copy)
+        yield _swiglu_row(tokens, copy)
+
+
+def _norm_rope_row(tokens: int, copy: float) -> Row:
+    x = normal(1, tokens, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4)[0]
+    weight = 1 + normal(SIZE, seed=1) / 10
+    angles = 100 * normal(tokens, SIZE // 2, dtype=torch.float32, seed=2)
+    table = torch.stack((angles.cos(), angles.sin()), -1).contiguous()
+    index = torch.randperm(tokens, device=DEVICE).int()
+    block = BLOCK if tokens % BLOCK == 0 else None
+    with poisoned(), torch.no_grad():
+        out, _ = norm_rope.norm_rope(x, weight, table, index=index, block=block)
+    some = slice(tokens - 512, tokens)
+    exact = norm_rope_reference.norm_rope(x[:, :, some].double(), weight.double(), table.double(), index[some], 1e-6)
+    eager = norm_rope_reference.norm_rope(x[:, :, some], weight, table, index[some], 1e-6)
+    accuracy = compare(out[:, :, some], eager, exact)
+    name = "norm_rope, with means" if block else "norm_rope"
+    with torch.no_grad():
+        return bandwidth_row(
+            f"{name}, {tokens} tokens",
+            accuracy,
+            lambda: norm_rope.norm_rope(x, weight, table, index=index, block=block),
+            2 * tokens * WIDTH * 2,
+            copy,
+        )
+
+
+def _modulate_rows(tokens: int, copy: float) -> Iterator[Row]:
+    x, update = normal(1, tokens, WIDTH), normal(1, tokens, WIDTH, seed=1)
+    frames = 48 if tokens == TOKENS_720P else 24
+    shift, scale, gate = (normal(1, frames, WIDTH, dtype=torch.float32, seed=s) for s in (2, 3, 4))
+    index = (torch.arange(tokens, device=DEVICE) * frames // tokens).int()
+    some = slice(tokens - 512, tokens)
+    with poisoned():
+        out = modulate.modulate(x, shift, scale, index=index)
+        summed, both = modulate.add_gated_modulate(x, gate, update, shift, scale, index=index)
+    part, more, at = x[:, some], update[:, some], index[some]
+    exact = modulate_reference.modulate(part.double(), shift.double(), scale.double(), at, 1e-6)
+    eager = modulate_reference.modulate(part, shift, scale, at, 1e-6)
+    yield bandwidth_row(
+        f"modulate, {tokens} tokens",
+        compare(out[:, some], eager, exact),
+        lambda: modulate.modulate(x, shift, scale, index=index),
+        2 * tokens * WIDTH * 2,
+        copy,
+    )
+    exact_sum = modulate_reference.add_gated(part.double(), gate.double(), more.double(), at)
+    exact = modulate_reference.modulate(exact_sum, shift.double(), scale.double(), at, 1e-6)
+    eager_sum = modulate_reference.add_gated(part, gate, more, at)
+    eager = modulate_reference.modulate(eager_sum, shift, scale, at, 1e-6)
+    accuracy = compare(summed[:, some], eager_sum, exact_sum)
+    after = compare(both[:, some], eager, exact)
+    yield bandwidth_row(
+        f"add_gated_modulate, {tokens} tokens",
+        accuracy if not accuracy.admitted else after,
+        lambda: modulate.add_gated_modulate(x, gate, update, shift, scale, index=index),
+        4 * tokens * WIDTH * 2,
+        copy,
+    )
+
+
+def _swiglu_row(tokens: int, copy: float) -> Row:
+    a, b = normal(tokens, 2 * WIDTH).chunk(2, dim=1)
+    with poisoned():
+        out = swiglu.swiglu(a, b)
+    some = slice(tokens - 2048, tokens)
+    exact = F.silu(a[some].double()) * b[some].double()
+    accuracy = compare(out[some], F.silu(a[some]) * b[some], exact)
+    moved = 3 * tokens * WIDTH * 2
+    return bandwidth_row(f"swiglu, {tokens} tokens", accuracy, lambda: swiglu.swiglu(a, b), moved, copy)
+
+
+# -- linear -----------------------------------------------------------------------------------------------
+
+
+def linear_rows() -> Iterator[Row]:
+    """Products of the FFN at 480p beside bf16's. Quantisation itself is not an error of a kernel: exact here
+    means fp64 with the same quantised weights (and activations)."""
+    x, weight = normal(TOKENS_480P, WIDTH), normal(INNER, WIDTH, seed=1) / WIDTH**0.5
+    plain = seconds(lambda: F.linear(x, weight))
+    flops = 2 * x.numel() * INNER
+    yield Row("linear bf16, 37440 x 4096 x 11008", f"{plain * 1e3:.2f} ms, {flops / plain / 1e12:.0f} TFLOP/s")
+    int8, fp8 = linear_reference.quantise_rows(weight), linear.quantise_weight_fp8(weight)
+    some = slice(TOKENS_480P - 256, TOKENS_480P)
+    for name, call, (values, scale), rounded in (
+        ("int8 W8A8", linear.linear_int8, int8, True),
+        ("fp8", linear.linear_fp8, fp8, True),
+        ("weight-only int8", linear.linear_weight_only, int8, False),
+    ):
+        what = f"linear {name}, 37440 x 4096 x 11008, backend {linear.backend(x, values)}"
+        with poisoned():
+            out = call(x, values, scale)
+        wide = values.double() * scale.double()[:, None]
+        inputs = x[some].double()
+        if rounded:
+            quantised, rows = linear_reference.quantise_rows(x[some], fp8=values.dtype != torch.int8)
+            inputs = quantised.double() * rows.double()[:, None]
+        accuracy = compare(out[some], F.linear(inputs.bfloat16(), wide.bfloat16()), inputs @ wide.T)
+        if not accuracy.admitted:
+            yield refusal(what, accuracy)
+            continue
+        time = seconds(functools.partial(call, x, values, scale))
+        yield Row(what, f"{time * 1e3:.2f} ms, {plain / time:.2f} x bf16's speed; {accuracy.text()}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("attention", "rows", "linear"), help="only this part")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("kernels.bench needs a CUDA GPU and found none: nothing was measured", file=sys.stderr)
+        return 2
+    import triton
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, ", end="")
+    print(f"CUDA {torch.version.cuda}, {datetime.date.today()}, `python -m kernels.bench`")
+    print("| what | result | target | |\n|---|---|---|---|")
+    parts = {"attention": attention_rows, "rows": row_rows, "linear": linear_rows}
+    missed = False
+    for name, part in parts.items():
+        if arguments.only in (None, name):
+            for row in part():
+                print(row.text(), flush=True)
+                missed |= row.result.startswith("refused")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

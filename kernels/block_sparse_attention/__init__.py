@@ -1,0 +1,1 @@
+"""Block-sparse attention over a grid of video tokens. The public call is `api.block_sparse_attention`."""

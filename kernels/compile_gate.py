@@ -1,0 +1,251 @@
+"""What the compiler makes of the kernels, without a GPU.
+
+`python -m kernels.compile_gate [--sweep] [--only NAME] [--capability 90]`: every kernel is compiled at its
+real size for compute capabilities 8.0, 8.9 and 9.0 with the ptxas that comes with Triton. The gate fails
+(exit code 1) where a kernel spills registers or, on 9.0, where a matrix product is not a wgmma or a
+descriptor not a TMA bulk copy. `--sweep` also tries stages and register limits of the attention and prints
+them without judging: they are the figures behind the launch options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CAPABILITIES = (80, 89, 90)
+# Shared memory that one block may have, CUDA C++ Programming Guide, technical specifications.
+_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel at one size. `types`: signature of the arguments that are not constexprs, in their order."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    capabilities: tuple[int, ...] = CAPABILITIES
+    products: bool = False
+    descriptors: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What came out. `spills`: bytes of local memory and stack of a thread."""
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    wgmma: int
+    bulk_copies: int
+
+    def faults(self, case: Case, capability: int) -> list[str]:
+        found = [f"spills {self.spills} bytes"] if self.spills else []
+        if self.shared_bytes > _SHARED_BYTES[capability]:
+            found.append(f"{self.shared_bytes} bytes of shared memory")
+        if capability >= 90 and case.products and not self.wgmma:
+            found.append("no wgmma")
+        if case.descriptors and not self.bulk_copies:
+            found.append("no bulk copy")
+        return found
+
+
+def compile_case(case: Case, capability: int, **options: Any) -> Figures:
+    """Compile and read the figures off the binary. Raises what Triton raises."""
+    signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    # Pointers and strides are multiples of 16 at the real sizes, as the launcher would find.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*")
+        or (kind.startswith("i") and (name in ("n", "k") or name.endswith(("stride", "batch", "head", "col", "row"))))
+    }
+    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**case.options, **options})
+    usage = _resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Figures(
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _attention(descriptors: bool) -> Iterator[Case]:
+    from kernels.block_sparse_attention import triton_impl as bsa
+
+    tile = "tensordesc<bf16[64, 128]>" if descriptors else "*bf16"
+    strides = {f"{x}_{part}": "i32" for x in "qkvog" for part in ("stride", "batch", "head", "col")}
+    lists = {
+        "lse": "*fp32",
+        "delta": "*fp32",
+        "kept": "*i32",
+        "counts": "*i32",
+        "queries": "*i32",
+        "starts": "*i32",
+    }
+    numbers = {"heads": "i32", "width": "i32", "q_blocks": "i32", "pairs": "i32"}
+    scales = {"scale": "fp32", "scale_log2": "fp32", "shift_log2": "fp32"}
+    tensors = {
+        **dict.fromkeys(("q", "k", "v", "out", "d_out"), tile),
+        "dq": "*bf16",
+        "dk": "*bf16",
+        "dv": "*bf16",
+    }
+    every = {**tensors, **lists, **strides, **numbers, **scales}
+    sizes = {"BQ": 64, "BK": 64, "D": 128, "WIDE": 128, "TYPE": triton.language.bfloat16, "TMA": descriptors}
+    capabilities = (90,) if descriptors else CAPABILITIES
+    kind = "tma" if descriptors else "pointers"
+    for name, kernel, more, options in (
+        ("forward, fixed shift", bsa.forward_kernel, {"FIXED_SHIFT": True}, bsa.FORWARD_OPTIONS),
+        ("forward, running maximum", bsa.forward_kernel, {"FIXED_SHIFT": False}, bsa.FORWARD_OPTIONS),
+        ("backward dq", bsa.dq_kernel, {}, bsa.BACKWARD_OPTIONS),
+        ("backward dk dv", bsa.dkv_kernel, {}, bsa.BACKWARD_OPTIONS),
+    ):
+        types = {arg: every[arg] for arg in kernel.arg_names if arg in every}
+        yield Case(f"{name} ({kind})", kernel, types, {**sizes, **more}, options, capabilities, True, descriptors)
+
+
+def _gating() -> Iterator[Case]:
+    from kernels.block_sparse_attention import triton_impl as bsa
+
+    pointers = {"q_means": "*fp32", "k_means": "*fp32", "scratch": "*fp32", "kept": "*i32", "counts": "*i32"}
+    numbers = dict.fromkeys(("tiles", "row_tiles", "n_q", "n_k", "width", "top"), "i32")
+    scales = {"threshold": "fp32", "scale_log2": "fp32"}
+    sizes = {"ROWS": 16, "COLUMNS": 64, "SELECT": 2, "NK": 4096, "D": 128, "WIDE": 128, "WRITE": True}
+    for mass in (False, True):
+        types = {**pointers, **numbers, **scales}
+        name = "choose blocks, mass" if mass else "choose blocks, top"
+        yield Case(name, bsa.choose_kernel, types, {**sizes, "MASS": mass}, {"num_warps": 8, "num_stages": 2})
+
+
+def _rows() -> Iterator[Case]:
+    """norm_rope, modulate and swiglu at the width of the real model."""
+    from kernels.modulate import triton_impl as modulate
+    from kernels.norm_rope import triton_impl as norm_rope
+    from kernels.swiglu import triton_impl as swiglu
+
+    bf16 = triton.language.bfloat16
+    kernel = norm_rope.norm_rope_kernel
+    types = dict.fromkeys(kernel.arg_names[:15], "i32")
+    types |= {
+        "x": "*bf16",
+        "weight": "*bf16",
+        "out": "*bf16",
+        "table": "*fp32",
+        "means": "*fp32",
+        "index": "*i32",
+    }
+    types["eps"] = "fp32"
+    sizes = {"TOKENS": 64, "HEADS": 8, "D": 128, "WIDE": 128, "TYPE": bf16}
+    flags = {"ROTATE": True, "INDEXED": True, "MEANS": True}
+    yield Case("norm_rope, index, means", kernel, types, {**sizes, **flags}, norm_rope.OPTIONS)
+
+    kernel = modulate.modulate_kernel
+    types = dict.fromkeys(kernel.arg_names[:14], "i32") | {"eps": "fp32", "index": "*i32"}
+    types |= dict.fromkeys(("x", "update", "summed", "out"), "*bf16")
+    types |= dict.fromkeys(("gate", "shift", "scale"), "*fp32")
+    sizes = {"C": 4096, "WIDE": 4096, "NORM": True, "INDEXED": True, "TYPE": bf16}
+    for add in (False, True):
+        name = "add_gated_modulate" if add else "modulate"
+        yield Case(name, kernel, types, {**sizes, "ADD": add, "GATED": add}, modulate.OPTIONS)
+
+    types = {"a": "*bf16", "b": "*bf16", "out": "*bf16", "a_row": "i32", "b_row": "i32", "columns": "i32"}
+    yield Case("swiglu", swiglu.swiglu_kernel, types, {"COLUMNS": 2048, "TYPE": bf16}, swiglu.OPTIONS)
+
+
+def _linear() -> Iterator[Case]:
+    from kernels.linear import triton_impl as linear
+
+    bf16 = triton.language.bfloat16
+    types = {"x": "*bf16", "values": "*i8", "scales": "*fp32", "x_row": "i32"}
+    sizes = {"K": 4096, "WIDE": 4096, "LARGEST": 127.0, "FP8": False}
+    yield Case("quantise rows, int8", linear.quantise_kernel, types, sizes, linear.ROW_OPTIONS)
+    types, sizes = {**types, "values": "*fp8e4nv"}, {**sizes, "LARGEST": 448.0, "FP8": True}
+    yield Case("quantise rows, fp8", linear.quantise_kernel, types, sizes, linear.ROW_OPTIONS, (89, 90))
+    for kernel, name, x_type, configs in (
+        (linear.quantised_kernel, "int8 product", "i8", (linear.QUANTISED_TMA, linear.QUANTISED)),
+        (linear.weight_only_kernel, "weight-only int8", "bf16", (linear.WEIGHT_ONLY_TMA, linear.WEIGHT_ONLY)),
+    ):
+        for descriptors, (tiles, options) in zip((True, False), configs, strict=True):
+            types = dict.fromkeys(("m", "n", "k"), "i32")
+            types |= {"x_scale": "*fp32", "weight_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
+            types |= {"x": f"*{x_type}", "weight": "*i8"}
+            if descriptors:
+                types["x"] = f"tensordesc<{x_type}[{tiles['BM']}, {tiles['BK']}]>"
+                types["weight"] = f"tensordesc<i8[{tiles['BN']}, {tiles['BK']}]>"
+            types = {arg: types[arg] for arg in kernel.arg_names if arg in types}
+            sizes = {**tiles, "GROUP": 8, "BIAS": True, "TMA": descriptors, "TYPE": bf16}
+            kind, capabilities = ("tma", (90,)) if descriptors else ("pointers", CAPABILITIES)
+            yield Case(f"{name} ({kind})", kernel, types, sizes, options, capabilities, True, descriptors)
+
+
+def cases() -> list[Case]:
+    return [*_attention(True), *_attention(False), *_gating(), *_rows(), *_linear()]
+
+
+def _line(case: Case, capability: int, options: dict[str, Any]) -> tuple[str, list[str]]:
+    """A row of the table, and what is wrong with it."""
+    figures = compile_case(case, capability, **options)
+    used = {**case.options, **options}
+    text = (
+        f"| {case.name} | {capability} | {used['num_warps']} | {used['num_stages']} "
+        f"| {used.get('maxnreg', '-')} | {figures.registers} | {figures.spills} | {figures.shared_bytes / 1024:.1f} "
+        f"| {figures.wgmma} | {figures.bulk_copies} |"
+    )
+    return text, figures.faults(case, capability)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="also stages 1-2 and maxnreg 128/168 of the attention")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="only this one")
+    arguments = parser.parse_args()
+    print(f"Triton {triton.__version__}")
+    print("| kernel | sm | warps | stages | maxnreg | registers | spilled bytes | shared KiB | wgmma | bulk copies |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    bad = []
+    for case in cases():
+        for capability in case.capabilities:
+            if arguments.only not in case.name or arguments.capability not in (None, capability):
+                continue
+            text, faults = _line(case, capability, {})
+            print(text, flush=True)
+            bad += [f"{case.name}, sm_{capability}: {fault}" for fault in faults]
+            if arguments.sweep and capability == 90 and case.descriptors:
+                for stages in (1, 2):
+                    for limit in ({}, {"maxnreg": 128}, {"maxnreg": 168}):
+                        print(_line(case, 90, {"num_stages": stages, **limit})[0], flush=True)
+    print("\n".join(bad) if bad else "no spills; wgmma and bulk copies where they belong")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

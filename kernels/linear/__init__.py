@@ -1,0 +1,1 @@
+"""Products with int8 and fp8 weights. The public calls are in `api`."""

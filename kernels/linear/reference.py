@@ -1,0 +1,47 @@
+"""Linear layers with quantised weights in plain torch: the meaning, and the path without CUDA.
+
+Legend: M rows of x (all leading dimensions), K inputs, N outputs. Weights are symmetric with one scale for each
+output: weight = weight_q * weight_scale[:, None].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST_INT8 = 127.0
+LARGEST_FP8 = 448.0
+
+# Bytes of expanded weight that exist at a time: they stay in the processor's cache.
+_EXPANDED_BYTES = 8 * 2**20
+
+
+def quantise_rows(x: Tensor, *, fp8: bool = False) -> tuple[Tensor, Tensor]:
+    """x [M,K] -> int8 (or fp8 e4m3) [M,K] and fp32 scale [M] = max|x| / largest; a row of zeros gets 1."""
+    largest = LARGEST_FP8 if fp8 else LARGEST_INT8
+    rows = x.float()
+    scale = rows.abs().amax(1) / largest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = (rows / scale[:, None]).clamp(-largest, largest)
+    return (scaled.to(torch.float8_e4m3fn) if fp8 else scaled.round().to(torch.int8)), scale
+
+
+def linear_quantised(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M,K] quantised by rows to the type of weight [N,K]; sums are exact for int8, fp32 for fp8."""
+    values, scale = quantise_rows(x, fp8=weight.dtype != torch.int8)
+    if weight.dtype == torch.int8:
+        # 2^24 is passed from K = 1041 on: fp32 would round.
+        product = values.double() @ weight.double().t()
+    else:
+        product = values.float() @ weight.float().t()
+    out = product.float() * scale[:, None] * weight_scale.float()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M,K] times int8 weight [N,K], expanded a few rows at a time; the scale is applied to the product."""
+    step = max(1, _EXPANDED_BYTES // (weight.shape[1] * x.element_size()))
+    out = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(step)], dim=1)
+    out = out * weight_scale.to(x.dtype)
+    return out if bias is None else out + bias.to(x.dtype)

@@ -1,0 +1,1 @@
+"""silu(a) * b. The public calls are in `api`."""

@@ -1,0 +1,209 @@
+"""`python -m model.train STAGE --folder RUN ...`: trains the bundled checkpoint, stage by stage.
+
+    vae        images, then clips; RUN/checkpoint/vae with measured latent statistics
+    films      RUN/films_<frames>: encoded clips for the DiT
+    dit        the DiT and the text encoder on RUN/films_<frames>: first short clips, then whole segments
+               with `--start-from` the first state
+    distill    the few-step LoRA
+    pairs      RUN/pairs_<latent frames>: coarse and fine latents for refinement
+    refine     the refinement LoRA
+    decoder    goes on with the autoencoder's decoder alone; latents, and all that was learnt on them, stay valid
+    pack       RUN/checkpoint, or the folder `--to`, with everything there is
+    sheet      RUN/sheets/*.png: samples to look at
+
+Every stage resumes from its state in RUN under the same command and stops after `--minutes`. A line each 50
+steps shows progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from model import world
+from model.checkpoint import load_vae
+from model.train import adapters, films
+from model.train import vae as vae_stage
+from model.train.dit import Generator, Shape, new_generator, sample, train_dit
+from model.train.films import Cache
+from model.train.loop import Plan, load_average
+from model.train.pack import write_dit, write_scheduler, write_vae
+from model.train.sheet import write_sheet
+from model.vae import VAE
+
+
+def log(line: str) -> None:
+    print(datetime.datetime.now().strftime("%H:%M:%S"), line, flush=True)
+
+
+def plan_of(args: argparse.Namespace, average: float = 0.998) -> Plan:
+    return Plan(steps=args.steps, rate=args.rate, final_rate=args.final_rate, minutes=args.minutes, average=average)
+
+
+def checkpoint_vae(args: argparse.Namespace) -> VAE:
+    return load_vae(args.folder / "checkpoint", device="cpu", dtype=torch.float32)
+
+
+def trained_generator(args: argparse.Namespace) -> Generator:
+    """The averaged weights of the newest DiT state that `--state` names."""
+    generator = new_generator(args.width, args.depth, args.seed)
+    load_average(generator, args.folder / f"{args.state}.safetensors")
+    return generator.requires_grad_(False)
+
+
+def run_vae(args: argparse.Namespace) -> None:
+    image_plan = Plan(steps=args.image_steps, rate=2e-3, final_rate=4e-4, average=0.995, minutes=args.minutes)
+    vae_stage.train_images(args.folder, image_plan, args.base_dim, args.seed, log)
+    vae = vae_stage.train_clips(args.folder, plan_of(args, 0.99), args.base_dim, args.seed, log)
+    load_average(vae, args.folder / "vae.safetensors")
+    write_vae(vae_stage.with_measured_latents(vae), args.folder / "checkpoint")
+
+
+def run_films(args: argparse.Namespace) -> None:
+    films.build_cache(checkpoint_vae(args), args.folder / f"films_{args.frames}", args.seed, args.clips, args.frames)
+
+
+def run_dit(args: argparse.Namespace) -> None:
+    shape = Shape(args.clips, (args.frames + 3) // 4)
+    caches = [args.folder / f"films_{args.frames}"]
+    settings = {"width": args.width, "depth": args.depth, "seed": args.seed, "log": log}
+    train_dit(args.folder, args.state, caches, plan_of(args, 0.997), shape, start_from=args.start_from, **settings)
+
+
+def run_distill(args: argparse.Namespace) -> None:
+    cache = Cache(args.folder / f"films_{args.frames}")
+    shape = Shape(args.clips, (args.frames + 3) // 4)
+    adapters.train_distilled(
+        args.folder,
+        trained_generator(args),
+        trained_generator(args),
+        cache,
+        plan_of(args, 0.99),
+        shape,
+        guidance=args.guidance,
+        jump=args.jump,
+        rank=args.rank,
+        seed=args.seed,
+        log=log,
+    )
+
+
+def run_pairs(args: argparse.Namespace) -> None:
+    folder = args.folder / f"pairs_{args.latent_frames}"
+    adapters.build_pairs(checkpoint_vae(args), folder, args.seed, args.clips, args.latent_frames)
+
+
+def run_refine(args: argparse.Namespace) -> None:
+    pairs = [args.folder / f"pairs_{frames}" for frames in args.latent_frames]
+    adapters.train_refinement(
+        args.folder,
+        trained_generator(args),
+        pairs,
+        plan_of(args, 0.99),
+        args.tokens,
+        rank=args.rank,
+        seed=args.seed,
+        log=log,
+    )
+
+
+def run_decoder(args: argparse.Namespace) -> None:
+    vae = vae_stage.train_decoder(args.folder, checkpoint_vae(args), plan_of(args, 0.99), args.seed, log)
+    load_average(vae, args.folder / "decoder.safetensors")
+    write_vae(vae, args.folder / "checkpoint")
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    source, target = args.folder / "checkpoint", args.to or args.folder / "checkpoint"
+    write_dit(trained_generator(args), target)
+    write_scheduler(target)
+    if target != source:
+        shutil.copytree(source / "vae", target / "vae", dirs_exist_ok=True)
+    for file in sorted((args.folder / "lora").glob("*.safetensors")):
+        (target / "lora").mkdir(exist_ok=True)
+        shutil.copyfile(file, target / "lora" / file.name)
+
+
+def run_sheet(args: argparse.Namespace) -> None:
+    """Text samples of the plain captions of eight held-out films, one row each."""
+    vae, generator = checkpoint_vae(args), trained_generator(args)
+    scenes = [world.draw_film(i, held_out=args.held_out, two_shapes=0.25).scene for i in range(900, 908)]
+    prompts = [world.caption(scene) for scene in scenes]
+    latents = sample(
+        generator, prompts, (args.frames + 3) // 4, seed=args.seed, steps=args.steps, guidance=args.guidance
+    )
+    with torch.no_grad():
+        videos = [vae.decode(one)[0] for one in latents.split(1)]
+    write_sheet(videos, args.folder / "sheets" / f"{args.state}_{args.frames}.png")
+    for prompt in prompts:
+        log(prompt)
+
+
+STAGES = {
+    "vae": run_vae,
+    "films": run_films,
+    "dit": run_dit,
+    "distill": run_distill,
+    "pairs": run_pairs,
+    "refine": run_refine,
+    "decoder": run_decoder,
+    "pack": run_pack,
+    "sheet": run_sheet,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m model.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = top.add_subparsers(dest="stage", required=True)
+    defaults: dict[str, dict[str, float]] = {
+        "vae": {"steps": 1100, "rate": 1.2e-3, "final_rate": 4e-5},
+        "dit": {"steps": 1600, "rate": 1.5e-3, "final_rate": 1e-4, "clips": 16},
+        "distill": {"steps": 300, "rate": 1e-3, "final_rate": 1e-4, "clips": 6, "frames": 93},
+        "refine": {"steps": 400, "rate": 1e-3, "final_rate": 1e-4},
+        "decoder": {"steps": 600, "rate": 6e-4, "final_rate": 4e-5},
+        "films": {"clips": 2048},
+        "pairs": {"clips": 192},
+        "sheet": {"steps": 24, "frames": 93},
+    }
+    for name in STAGES:
+        stage = stages.add_parser(name)
+        stage.add_argument("--folder", type=Path, required=True, help="where states, caches and the checkpoint live")
+        stage.add_argument("--seed", type=int, default=1)
+        stage.add_argument("--minutes", type=float, default=math.inf, help="stop (and save) after this long")
+        stage.add_argument("--steps", type=int, default=1000)
+        stage.add_argument("--rate", type=float, default=1e-3)
+        stage.add_argument("--final-rate", type=float, default=1e-4)
+        stage.add_argument("--clips", type=int, default=16, help="clips in a batch, or in a cache")
+        stage.add_argument("--frames", type=int, default=33, help="frames of a coarse clip")
+        stage.add_argument("--state", default="dit", help="name of the DiT's state")
+        stage.add_argument("--start-from", default=None, help="name of the state whose weights a new one takes")
+        stage.add_argument("--width", type=int, default=256)
+        stage.add_argument("--depth", type=int, default=6)
+        stage.add_argument("--base-dim", type=int, default=16)
+        stage.add_argument("--image-steps", type=int, default=2000)
+        stage.add_argument("--guidance", type=float, default=3.0)
+        stage.add_argument("--jump", type=float, default=0.0, help="length of a distilled step, 0 for guidance alone")
+        stage.add_argument("--rank", type=int, default=32)
+        stage.add_argument("--tokens", type=int, default=6000, help="tokens in a refinement batch")
+        many = name == "refine"
+        stage.add_argument("--latent-frames", type=int, nargs="+" if many else None, default=[16] if many else 16)
+        stage.add_argument("--to", type=Path, default=None, help="folder to pack into, RUN/checkpoint by default")
+        stage.add_argument("--held-out", action="store_true", help="prompts that training never saw")
+        stage.set_defaults(**defaults.get(name, {}))
+    return top
+
+
+def main() -> None:
+    args = parser().parse_args()
+    STAGES[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Training of the DiT and the text encoder on cached latents: flow matching over text, image and continuation
+tasks.
+
+x_s = (1-s) x0 + s noise; the network learns x0 - noise. A step has one task: 0, 1 or 4 clean condition
+latents, which get timestep 0 and a little noise, so that a later segment forgives what an earlier one got
+wrong. Prompts are dropped now and then, for guidance. Films that change do so right after the four
+condition latents and serve continuation alone, with the caption of what comes after.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model import world
+from model.config import BlockSparseConfig, DiTConfig
+from model.dit import DiT
+from model.sampling import TextCondition, base_schedule, denoise
+from model.text import NEGATIVE_PROMPT
+from model.train.films import Cache
+from model.train.loop import Plan, Training, load_average, train
+from model.train.text import WIDTH, Prompter, new_prompter
+
+CONDITION_LATENTS = 4
+DROPPED_PROMPTS = 0.12
+CONDITION_NOISE = 0.12
+SKIPPED_PAIRS = 0.5  # films of two shapes are harder; fewer of them leave more for what has to work first
+SHIFT = 8.0
+
+
+class Generator(nn.Module):
+    """What is trained together: the DiT and the text encoder."""
+
+    def __init__(self, dit: DiT, prompter: Prompter) -> None:
+        super().__init__()
+        self.dit = dit
+        self.prompter = prompter
+
+
+def new_generator(width: int, depth: int, seed: int) -> Generator:
+    """An untrained generator of the bundled checkpoint's shape, heads of 64."""
+    config = DiTConfig(
+        hidden_size=width,
+        depth=depth,
+        num_heads=width // 64,
+        caption_channels=WIDTH,
+        adaln_tembed_dim=128,
+        frequency_embedding_size=128,
+        text_tokens_zero_pad=False,
+        bsa_params=BlockSparseConfig(sparsity=0.75),
+    )
+    prompter = new_prompter(seed)
+    torch.manual_seed(seed)
+    dit = DiT(config)
+    dit.init_weights()
+    return Generator(dit, prompter)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean latents [B,16,T,H,W], how many lead as conditions, and a prompt for each clip."""
+
+    clean: Tensor
+    num_cond: int
+    prompts: list[str]
+
+
+def draw_batch(cache: Cache, rng: random.Random, clips: int, latent_frames: int) -> Batch:
+    """A random task with clips that suit it."""
+    num_cond = rng.choices((0, 1, CONDITION_LATENTS), (0.5, 0.15, 0.35))[0]
+    clean: list[Tensor] = []
+    prompts: list[str] = []
+    while len(clean) < clips:
+        index = rng.randrange(len(cache))
+        if num_cond != CONDITION_LATENTS and not cache.steady(index):
+            continue
+        if len(cache.scenes[index][1].movers) > 1 and rng.random() < SKIPPED_PAIRS:
+            continue
+        clean.append(cache.clip(index, latent_frames))
+        prompts.append(_worded(cache.scenes[index][1], rng))
+    return Batch(torch.stack(clean), num_cond, prompts)
+
+
+def _worded(scene: world.Scene, rng: random.Random) -> str:
+    if rng.random() < DROPPED_PROMPTS:
+        return rng.choice(("", NEGATIVE_PROMPT))
+    return world.caption(scene, rng)
+
+
+def draw_sigmas(clips: int, generator: torch.Generator) -> Tensor:
+    """[B] noise levels: even, three in four moved up as the sampler's schedule is.
+
+    A few thousand numbers that all tell of one or two shapes can be read through much noise: where the
+    shapes are is decided above level 0.85, and a model that sees little of that range paints the right
+    colours in the wrong places.
+    """
+    even = (torch.arange(clips) + torch.rand(clips, generator=generator)) / clips
+    even = even[torch.randperm(clips, generator=generator)].clamp(1e-3, 1 - 1e-3)
+    moved = torch.rand(clips, generator=generator) < 0.75
+    return torch.where(moved, SHIFT * even / (1 + (SHIFT - 1) * even), even)
+
+
+def flow_loss(generator: Generator, batch: Batch, noise_source: torch.Generator) -> Tensor:
+    """Mean square error of the predicted x0 - noise over the noise frames."""
+    clean, n = batch.clean, batch.num_cond
+    noise = torch.randn(clean.shape, generator=noise_source)
+    sigma = draw_sigmas(len(clean), noise_source).view(-1, 1, 1, 1, 1)
+    mixed = (1 - sigma) * clean + sigma * noise
+    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=noise_source)
+    latents = torch.cat([clean[:, :, :n] + blur * noise[:, :, :n], mixed[:, :, n:]], 2)
+    timesteps = 1000.0 * sigma.view(-1, 1).expand(-1, clean.shape[2]).clone()
+    timesteps[:, :n] = 0.0
+    text, mask = generator.prompter(batch.prompts)
+    with torch.autocast(clean.device.type, torch.bfloat16):
+        out = generator.dit(latents, timesteps if n else timesteps[:, 0], text, mask, num_cond_latents=n)
+    return (out[:, :, n:] - (clean - noise)[:, :, n:]).square().mean()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a run trains on."""
+
+    clips: int
+    latent_frames: int
+
+
+def train_dit(
+    folder: Path,
+    state: str,
+    caches: list[Path],
+    plan: Plan,
+    shape: Shape,
+    *,
+    width: int,
+    depth: int,
+    seed: int,
+    start_from: str | None = None,
+    log: Callable[[str], None] = print,
+) -> Generator:
+    """Train `state`.safetensors in `folder`, from another state's weights if it is new and `start_from` names
+    one.
+    """
+    generator = new_generator(width, depth, seed)
+    file = folder / f"{state}.safetensors"
+    if start_from is not None and not file.exists():
+        load_average(generator, folder / f"{start_from}.safetensors")
+    training = Training(generator, plan)
+    if file.exists():
+        training.load(file)
+    cache = Cache(*caches)
+    log(f"{len(cache)} clips, {sum(p.numel() for p in generator.dit.parameters()) / 1e6:.2f} M parameters in the DiT")
+
+    def loss_of(step: int) -> Tensor:
+        rng = random.Random(seed * 4_000_037 + step)
+        batch = draw_batch(cache, rng, shape.clips, shape.latent_frames)
+        return flow_loss(generator, batch, torch.Generator().manual_seed(seed * 4_000_037 + step))
+
+    train(training, loss_of, file, log=log)
+    return generator
+
+
+@torch.no_grad()
+def sample(
+    generator: Generator,
+    prompts: list[str],
+    latent_frames: int,
+    *,
+    seed: int,
+    steps: int = 24,
+    guidance: float = 3.0,
+    shift: float = SHIFT,
+    conditions: Tensor | None = None,
+    rows: int = 8,
+    columns: int = 12,
+) -> Tensor:
+    """Latents [B,16,T,H,W] for the prompts, continuing `conditions` [B,16,Tc,H,W] where they are given."""
+    noise = torch.randn(len(prompts), 16, latent_frames, rows, columns, generator=torch.Generator().manual_seed(seed))
+    cond = 0 if conditions is None else conditions.shape[2]
+    if conditions is not None:
+        noise[:, :, :cond] = conditions
+    states, mask = generator.prompter([NEGATIVE_PROMPT] * len(prompts) + prompts)
+    negative, text = states.chunk(2)
+    negative_mask, text_mask = mask.chunk(2)
+    condition = TextCondition(text, text_mask, negative, negative_mask)
+    return denoise(
+        generator.dit, noise, base_schedule(steps, shift), condition, guidance=guidance, num_cond_latents=cond
+    )

@@ -1,0 +1,83 @@
+"""A cache of encoded films on disk, so that a DiT step is only the DiT.
+
+Shards of 256 clips: safetensors with `latents` [N,16,T,H,W] in half precision (normalised), and a JSON file
+with the scenes that captions are worded from. Clip i of a cache depends on the cache's seed and i alone, so
+a cache grows and resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import world
+from model.vae import VAE
+
+SHARD = 256
+CONDITION_FRAMES = 13
+FPS = 15.0
+
+
+def clip_film(seed: int, index: int) -> tuple[world.Film, float]:
+    """The film of clip `index` and the time it starts at. One in five changes right after the condition
+    frames.
+    """
+    rng = random.Random(seed * 9_000_011 + index)
+    change_s = None
+    start_s = rng.uniform(0.0, 6.0)
+    if index % 5 == 4:
+        change_s = start_s + (CONDITION_FRAMES - 0.5) / FPS
+    return world.draw_film(rng.randrange(1 << 40), two_shapes=0.3, change_s=change_s), start_s
+
+
+@torch.no_grad()
+def build_cache(vae: VAE, folder: Path, seed: int, clips: int, frames: int, size: tuple[int, int] = (64, 96)) -> None:
+    """Encode films until the cache in `folder` holds `clips` clips of `frames` frames."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in range(0, clips, SHARD):
+        shard = folder / f"{first:06d}.safetensors"
+        if shard.exists():
+            continue
+        latents, scenes = [], []
+        for index in range(first, min(first + SHARD, clips)):
+            film, start_s = clip_film(seed, index)
+            video, _ = world.render(film, world.frame_times(frames, FPS, start_s), *size)
+            latents.append(vae.encode(video.transpose(0, 1).unsqueeze(0))[0].half())
+            scenes.append([dataclasses.asdict(s) for s in (film.scene, film.after or film.scene)])
+        shard.with_suffix(".json").write_text(json.dumps(scenes))
+        part = shard.with_suffix(".part")
+        save_file({"latents": torch.stack(latents)}, part)
+        os.replace(part, shard)
+
+
+def _scene(values: dict[str, Any]) -> world.Scene:
+    return world.Scene(values["backdrop"], tuple(world.Mover(**m) for m in values["movers"]))
+
+
+class Cache:
+    """The clips of one or several folders of equal frame count in memory."""
+
+    def __init__(self, *folders: Path) -> None:
+        shards = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+        self.latents = torch.cat([load_file(file)["latents"] for file in shards])
+        scenes = [pair for file in shards for pair in json.loads(file.with_suffix(".json").read_text())]
+        self.scenes = [(_scene(first), _scene(then)) for first, then in scenes]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def clip(self, index: int, latent_frames: int) -> Tensor:
+        """The clip's first latent frames [16,T,H,W]: a causal code, so this is the code of the shorter clip."""
+        return self.latents[index, :, :latent_frames].float()
+
+    def steady(self, index: int) -> bool:
+        """Whether the clip's film does not change."""
+        return self.scenes[index][0] == self.scenes[index][1]

@@ -1,0 +1,223 @@
+"""One training loop for every stage: Muon and Adam, warm-up and cosine, a moving average of the weights,
+states that resume.
+
+A state is a safetensors file: weights, their moving average, the optimiser's moments and the step. The loop
+itself holds no random state; a loss function draws its batch from the step number, which makes a resumed
+run equal to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a stage is trained. `minutes` ends a run early (the state is saved); the schedule follows `steps`
+    alone.
+    """
+
+    steps: int
+    rate: float
+    final_rate: float
+    warmup_steps: int = 50
+    average: float = 0.998
+    clip: float = 1.0
+    save_every: int = 50
+    minutes: float = math.inf
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine from `rate` to `final_rate`."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        done = min(1.0, step / max(1, self.steps))
+        return warm * (self.final_rate + (self.rate - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly the orthogonal factor of [m,n]: five Newton-Schulz steps with the coefficients published with
+    Muon (K. Jordan).
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315) @ x
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for weight matrices and kernels (as out x rest).
+
+    Scaled so that an entry moves as far as under Adam: one rate serves both.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                momentum = state.setdefault("exp_avg", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                blended = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+                update = orthogonal(blended) * (0.2 * max(blended.shape) ** 0.5)
+                p.add_(update.view_as(p), alpha=-group["lr"])
+
+
+def _is_inner_matrix(name: str, weight: Tensor) -> bool:
+    """Whether Muon suits a parameter: hidden matrices and kernels, not tables, first and last layers or
+    adapters.
+    """
+    outer = ("embed", "shared", "relative_attention_bias", "final_layer", "adaLN", ".down.", ".ups.")
+    return weight.ndim >= 2 and min(weight.flatten(1).shape) > 1 and not any(part in name + "." for part in outer)
+
+
+class Training:
+    """The parameters being trained (those that want a gradient), their average and the optimiser."""
+
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
+        self.plan = plan
+        self.step = 0
+        self.weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        matrices = [p for name, p in self.weights.items() if _is_inner_matrix(name, p)]
+        others = [p for name, p in self.weights.items() if not _is_inner_matrix(name, p)]
+        self.optimisers: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.optimisers.append(Muon(matrices, lr=plan.rate))
+        if others:
+            self.optimisers.append(torch.optim.Adam(others, lr=plan.rate, betas=(0.9, 0.98)))
+
+    def update(self, loss: Tensor) -> float:
+        """Backward and one step. Returns the gradient's norm; a step with a non-finite one is left out."""
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.plan.clip))
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.plan.rate_at(self.step)
+            if math.isfinite(norm):
+                optimiser.step()
+        self.step += 1
+        self._follow()
+        return norm
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        # Early on the average is short, or it would stay near the random start.
+        keep = min(self.plan.average, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.weights.values()], 1 - keep)
+
+    def save(self, file: Path) -> None:
+        """Write the state under a temporary name, then move it into place."""
+        tensors = {"step": torch.tensor(self.step)}
+        for name, p in self.weights.items():
+            tensors["weight." + name] = p.detach()
+            tensors["average." + name] = self.average[name]
+            for optimiser in self.optimisers:
+                for key in {"exp_avg", "exp_avg_sq"} & optimiser.state.get(p, {}).keys():
+                    tensors[f"{key}.{name}"] = optimiser.state[p][key]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, part)
+        os.replace(part, file)
+
+    @torch.no_grad()
+    def load(self, file: Path) -> None:
+        """Go on from a saved state."""
+        tensors = load_file(file)
+        self.step = int(tensors["step"])
+        for name, p in self.weights.items():
+            p.copy_(tensors["weight." + name])
+            self.average[name].copy_(tensors["average." + name])
+            keys = ("exp_avg", "exp_avg_sq")
+            moments = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+            if moments:
+                # Adam counts its steps; Muon does not mind.
+                self._optimiser_of(p).state[p] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def _optimiser_of(self, weight: Tensor) -> torch.optim.Optimizer:
+        groups = ((o, group) for o in self.optimisers for group in o.param_groups)
+        return next(o for o, group in groups if any(p is weight for p in group["params"]))
+
+
+@torch.no_grad()
+def load_average(module: nn.Module, file: Path) -> int:
+    """Give `module` the averaged weights of a state; returns the state's step."""
+    wanted = dict(module.named_parameters())
+    with safe_open(file, "pt") as state:
+        for key in state.keys():  # noqa: SIM118  (not a dict)
+            if key.startswith("average."):
+                wanted[key.removeprefix("average.")].copy_(state.get_tensor(key))
+        return int(state.get_tensor("step"))
+
+
+class averaged:
+    """Inside the block the trained parameters hold their average: `with averaged(training): evaluate()`."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self.kept = {name: p.detach().clone() for name, p in self.training.weights.items()}
+        for name, p in self.training.weights.items():
+            p.copy_(self.training.average[name])
+
+    @torch.no_grad()
+    def __exit__(self, *error: object) -> None:
+        for name, p in self.training.weights.items():
+            p.copy_(self.kept[name])
+
+
+def train(
+    training: Training,
+    loss_of: Callable[[int], Tensor],
+    state: Path | None,
+    evaluate: Callable[[], str] | None = None,
+    evaluate_every: int = 500,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Run up to plan.steps steps or plan.minutes minutes. `loss_of(step)` draws the batch of that step and
+    returns its loss.
+    """
+    plan = training.plan
+    started, shown, losses = time.monotonic(), time.monotonic(), []
+    while training.step < plan.steps and time.monotonic() - started < 60 * plan.minutes:
+        loss = loss_of(training.step)
+        norm = training.update(loss)
+        losses.append(float(loss.detach()))
+        if training.step % 50 == 0:
+            each_s = (time.monotonic() - shown) / len(losses)
+            log(
+                f"step {training.step}/{plan.steps} loss {sum(losses) / len(losses):.4f} norm {norm:.2f} "
+                f"rate {plan.rate_at(training.step):.1e} {each_s:.2f} s/step "
+                f"{(time.monotonic() - started) / 60:.1f} min"
+            )
+            shown, losses = time.monotonic(), []
+        if state is not None and training.step % plan.save_every == 0:
+            training.save(state)
+        if evaluate is not None and training.step % evaluate_every == 0:
+            with averaged(training), torch.no_grad():
+                log(f"step {training.step} {evaluate()}")
+    if state is not None:
+        training.save(state)
+    if evaluate is not None:
+        with averaged(training), torch.no_grad():
+            log(f"step {training.step} {evaluate()}")

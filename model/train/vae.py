@@ -1,0 +1,197 @@
+"""Training of the autoencoder: first images, then clips.
+
+What makes it work in minutes: temporal kernels start on the newest frame alone and temporal resampling
+starts as holding the last frame, so that clips begin where images ended; the loss counts the inside of
+shapes more, whose colours otherwise wash out while the average error looks fine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import world
+from model.config import VAEConfig
+from model.train.loop import Plan, Training, load_average, train
+from model.vae import VAE, CausalConv3d
+
+KL_WEIGHT = 5e-5  # for each latent channel; enough to keep the latents smooth, too little to cost sharpness
+SHAPE_WEIGHT = 3.0  # a pixel inside a shape counts 1 + this
+
+
+@torch.no_grad()
+def start_as_image_model(vae: VAE) -> None:
+    """Temporal kernels look at the newest frame only; temporal resampling holds the last frame."""
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d) and module.weight.shape[2] > 1:
+            newest = module.weight[:, :, -1].clone()
+            module.weight.zero_()
+            if module.weight.shape[3] > 1:
+                # The default scale counts three frames of inputs, of which one is left.
+                module.weight[:, :, -1] = newest * module.weight.shape[2] ** 0.5
+            else:
+                channels = module.weight.shape[1]
+                copies = module.weight.shape[0] // channels
+                module.weight[:, :, -1, 0, 0] = torch.eye(channels).repeat(copies, 1)
+                module.bias.zero_()
+
+
+def draw_batch(seed: int, count: int, frames: int, height_px: int, width_px: int, fps: float) -> tuple[Tensor, Tensor]:
+    """Clips [B,3,F,h,w] of random films at random times, and their masks [B,1,F,h,w]."""
+    rng = random.Random(seed)
+    clips, masks = [], []
+    for _ in range(count):
+        change_s = rng.uniform(0.0, 3.0) if rng.random() < 0.3 else None
+        film = world.draw_film(rng.randrange(1 << 40), two_shapes=0.5, change_s=change_s)
+        times_s = world.frame_times(frames, fps, rng.uniform(0.0, 4.0))
+        video, mask = world.render(film, times_s, height_px, width_px)
+        clips.append(video.transpose(0, 1))
+        masks.append(mask.unsqueeze(0))
+    return torch.stack(clips), torch.stack(masks)
+
+
+def reconstruction_loss(vae: VAE, video: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Weighted error of a sampled reconstruction plus the KL divergence of the posterior."""
+    mean, logvar = vae.encode_moments(video)
+    logvar = logvar.clamp(-12.0, 4.0)
+    noise = torch.randn(mean.shape, generator=generator)
+    z = mean + noise * (0.5 * logvar).exp()
+    error = weighted_error(vae.decode(vae.normalise(z)) - video, mask)
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(1).mean()
+    return error + KL_WEIGHT * divergence
+
+
+def weighted_error(error: Tensor, mask: Tensor) -> Tensor:
+    """Absolute and square error, more inside the shapes."""
+    weight = (1.0 + SHAPE_WEIGHT * mask) / (1.0 + SHAPE_WEIGHT * mask.mean())
+    return (weight * (error.abs() + 4.0 * error.square())).mean()
+
+
+def psnr_db(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
+    """Peak signal-to-noise ratio of videos in [-1,1], inside the mask where one is given."""
+    square = (a - b).square()
+    if mask is None:
+        mean = square.mean()
+    else:
+        mean = (square * mask).sum() / (mask.sum() * square.shape[1])
+    return float(10.0 * torch.log10(4.0 / mean.clamp_min(1e-12)))
+
+
+def measure(vae: VAE, frames: int = 93, count: int = 4, size: tuple[int, int] = (64, 96), fps: float = 15.0) -> str:
+    """PSNR over unseen films: all pixels, inside shapes, and the first, middle and last third of the frames."""
+    video, mask = draw_batch(7_000_001, count, frames, *size, fps)
+    decoded = torch.cat([vae.decode(vae.encode(clip)) for clip in video.split(1)])
+    thirds = zip(decoded.chunk(3, 2), video.chunk(3, 2), strict=True)
+    parts = " ".join(f"{psnr_db(a, b):.1f}" for a, b in thirds)
+    return (
+        f"{frames} frames {size[0]}x{size[1]}: {psnr_db(decoded, video):.2f} dB, "
+        f"inside shapes {psnr_db(decoded, video, mask):.2f} dB, thirds {parts}"
+    )
+
+
+@torch.no_grad()
+def with_measured_latents(vae: VAE, films: int = 24) -> VAE:
+    """The same network with latents_mean and latents_std measured on films of both sizes."""
+    means = [vae.encode_moments(draw_batch(8_000_000 + i, 1, 33, 64, 96, 15.0)[0])[0] for i in range(films)]
+    values = torch.cat([m.transpose(0, 1).flatten(1) for m in means], 1)
+    config = dataclasses.replace(
+        vae.config,
+        latents_mean=tuple(round(v, 5) for v in values.mean(1).tolist()),
+        latents_std=tuple(round(v, 5) for v in values.std(1).clamp_min(1e-4).tolist()),
+    )
+    measured = VAE(config)
+    measured.load_state_dict(vae.state_dict())
+    return measured
+
+
+def new_vae(base_dim: int, seed: int) -> VAE:
+    """An untrained autoencoder of the bundled checkpoint's shape, ready for images."""
+    torch.manual_seed(seed)
+    vae = VAE(VAEConfig(base_dim=base_dim, num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16))
+    start_as_image_model(vae)
+    return vae
+
+
+def train_images(
+    folder: Path, plan: Plan, base_dim: int, seed: int, log: Callable[[str], None] = print, measured: bool = True
+) -> VAE:
+    """Stage one: single frames of both sizes. State: folder/vae_images.safetensors."""
+    vae = new_vae(base_dim, seed)
+    training = Training(vae, plan)
+    state = folder / "vae_images.safetensors"
+    if state.exists():
+        training.load(state)
+
+    def loss_of(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        large = step % 4 == 3
+        count, size = (4, (128, 192)) if large else (16, (64, 96))
+        video, mask = draw_batch(seed * 1_000_003 + step, count, 1, *size, 15.0)
+        return reconstruction_loss(vae, video, mask, generator)
+
+    both = lambda: measure(vae, frames=1, count=48) + "; " + measure(vae)  # noqa: E731
+    train(training, loss_of, state, both if measured else None, log=log)
+    return vae
+
+
+def train_clips(
+    folder: Path, plan: Plan, base_dim: int, seed: int, log: Callable[[str], None] = print, measured: bool = True
+) -> VAE:
+    """Stage two: clips of 17 (at times 33) frames mixed with images, from stage one's average. State:
+    folder/vae.safetensors.
+    """
+    vae = new_vae(base_dim, seed)
+    load_average(vae, folder / "vae_images.safetensors")
+    training = Training(vae, plan)
+    state = folder / "vae.safetensors"
+    if state.exists():
+        training.load(state)
+
+    def loss_of(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 2_000_003 + step)
+        kind = ("coarse", "coarse", "coarse", "large", "coarse", "coarse", "coarse", "long")[step % 8]
+        count, frames, size, fps = {
+            "coarse": (2, 17, (64, 96), 15.0),
+            "large": (1, 13, (128, 192), 30.0),
+            "long": (1, 37, (64, 96), 15.0),
+        }[kind]
+        video, mask = draw_batch(seed * 2_000_003 + step, count, frames, *size, fps)
+        loss = reconstruction_loss(vae, video, mask, generator)
+        images, masks = draw_batch(seed * 3_000_017 + step, 4, 1, 64, 96, 15.0)
+        return loss + 0.3 * reconstruction_loss(vae, images, masks, generator)
+
+    both = lambda: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
+    train(training, loss_of, state, both if measured else None, evaluate_every=250, log=log)
+    return vae
+
+
+def train_decoder(folder: Path, vae: VAE, plan: Plan, seed: int, log: Callable[[str], None] = print) -> VAE:
+    """Goes on with the decoder of a finished autoencoder on clips, latents slightly disturbed. State:
+    folder/decoder.safetensors.
+    """
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    training = Training(vae, plan)
+    state = folder / "decoder.safetensors"
+    if state.exists():
+        training.load(state)
+
+    def loss_of(step: int) -> Tensor:
+        large = step % 3 == 2
+        count, frames, size, fps = (1, 17, (128, 192), 30.0) if large else (2, 25, (64, 96), 15.0)
+        video, mask = draw_batch(seed * 5_000_011 + step, count, frames, *size, fps)
+        generator = torch.Generator().manual_seed(seed * 5_000_011 + step)
+        with torch.no_grad():
+            latents = vae.encode(video)
+            latents += 0.1 * torch.rand(1, generator=generator) * torch.randn(latents.shape, generator=generator)
+        return weighted_error(vae.decode(latents) - video, mask)
+
+    both = lambda: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
+    train(training, loss_of, state, both, evaluate_every=300, log=log)
+    return vae

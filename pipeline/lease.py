@@ -1,0 +1,135 @@
+"""Who may write a render's ledger: one orchestrator at a time, numbered by epochs.
+
+`lease/<epoch>.json` is created only if absent, and creating it takes the lease from whoever had an earlier
+epoch. The holder of epoch n has lost it as soon as n+1 exists. Whether a holder lives is never judged by
+clocks: on this host by its process, elsewhere by watching whether its heartbeat moves.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.errors import SettingError
+from pipeline.records import TornRecord, seal, unseal
+from pipeline.store import Store
+
+WATCH_STEP_S = 1.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that takes leases. `host` changes with every boot, `mark` tells a reused pid apart."""
+
+    host: str
+    pid: int
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class LeaseHolder:
+    """Who took the last lease. `released` if the render ended in order."""
+
+    epoch: int
+    owner: Owner
+    taken_at_s: float
+    """Unix time by the holder's clock, for people only."""
+    released: bool
+
+
+def this_process() -> Owner:
+    """The owner that this process is."""
+    boot = _text(Path("/proc/sys/kernel/random/boot_id"))[:8]
+    space = _link(Path("/proc/self/ns/pid"))
+    return Owner(f"{socket.gethostname()}/{boot}/{space}", os.getpid(), _process_mark(os.getpid()))
+
+
+def lease_path(epoch: int) -> str:
+    """Where the lease of an epoch lies."""
+    return f"lease/{epoch:08d}.json"
+
+
+def last_holder(store: Store) -> LeaseHolder | None:
+    """Who took the last lease, None if nobody ever did. One that cannot be read counts as released."""
+    names = {file.path.removeprefix("lease/") for file in store.list("lease")}
+    epochs = [int(name[:8]) for name in names if name.endswith(".json")]
+    if not epochs:
+        return None
+    epoch = max(epochs)
+    released = f"{epoch:08d}.released" in names
+    try:
+        value = unseal(store.read(lease_path(epoch)))
+    except TornRecord:
+        return LeaseHolder(epoch, Owner("unknown", 0), 0.0, True)
+    return LeaseHolder(epoch, Owner(**value["owner"]), value["taken_at_s"], released)
+
+
+def lease_record(epoch: int, owner: Owner, nonce: str, taken_at_s: float) -> bytes:
+    """The bytes of a lease. The nonce makes two attempts at the same lease differ."""
+    return seal({"epoch": epoch, "owner": asdict(owner), "nonce": nonce, "taken_at_s": taken_at_s})
+
+
+def refuse_if_live(
+    store: Store, holder: LeaseHolder, me: Owner, *, watch_s: float, sleep: Callable[[float], None]
+) -> None:
+    """Raise SettingError if the holder still lives; watches its heartbeat if it is on another host."""
+    if holder.released:
+        return
+    if holder.owner.host == me.host:
+        live = _process_mark(holder.owner.pid) == holder.owner.mark != ""
+    else:
+        live = _beats(store, holder.epoch, watch_s, sleep)
+    if live:
+        where = f"process {holder.owner.pid} on {holder.owner.host.split('/')[0]}"
+        raise SettingError(
+            f"another render is writing here ({where})",
+            field="--store",
+            value=store.url,
+            remedy="Wait for it, follow it with `longtake status`, or stop it.",
+        )
+
+
+def beat_path(epoch: int) -> str:
+    """Where the holder's heartbeat lies."""
+    return f"lease/{epoch:08d}.beat"
+
+
+def _beats(store: Store, epoch: int, watch_s: float, sleep: Callable[[float], None]) -> bool:
+    first, waited_s = _beat(store, epoch), 0.0
+    while waited_s < watch_s:
+        sleep(WATCH_STEP_S)
+        waited_s += WATCH_STEP_S
+        if _beat(store, epoch) != first:
+            return True
+    return False
+
+
+def _beat(store: Store, epoch: int) -> bytes:
+    try:
+        return store.read(beat_path(epoch))
+    except FileNotFoundError:
+        return b""
+
+
+def _process_mark(pid: int) -> str:
+    """The start time of a live process in clock ticks since boot, "" if there is none (or no /proc)."""
+    fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    # Field 3 (state) is fields[0]: a zombie has ended; field 22 is the start time.
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -1,0 +1,130 @@
+"""Small pictures for the report page as inline SVG: curves over time, marks along the film, bars of tasks.
+
+Every function gives one `<svg>` element that scales with the page and needs nothing but itself. Numbers that
+are not finite are refused by the caller: what is plotted was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from pipeline.measure import Floats
+
+WIDTH, HEIGHT = 360, 130
+WIDE, ROW = 1120, 18
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 20
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place along the film: `time_s`, how high it reaches, a CSS class for its colour, words to show."""
+
+    time_s: float
+    height: float
+    style: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One stretch of work from `start_s` to `stop_s` in row `row`."""
+
+    row: str
+    start_s: float
+    stop_s: float
+    style: str
+    words: str
+
+
+def curve_plot(times_s: Floats, values: Floats, ends: Sequence[tuple[float, float, float]], least_span: float) -> str:
+    """A curve; `ends` are level lines (from_s, to_s, level). The scale spans at least `least_span`."""
+    low, high = float(values.min()), float(values.max())
+    spare = max(0.0, least_span - (high - low)) / 2 + 0.06 * max(high - low, least_span)
+    low, high = low - spare, high + spare
+    last_s = max(float(times_s[-1]), 1e-6)
+    across, down = _scales(WIDTH, HEIGHT, last_s, low, high)
+    points = " ".join(f"{across(t):.1f},{down(v):.1f}" for t, v in zip(times_s, values, strict=True))
+    levels = "".join(_line(across(a), down(y), across(b), down(y), "level") for a, b, y in ends)
+    body = _axes(WIDTH, HEIGHT, last_s, low, high) + f'<polyline class="curve" points="{points}"/>' + levels
+    return _svg(WIDTH, HEIGHT, body)
+
+
+def seam_map(times_s: Floats, score: Floats, marks: Sequence[Mark], threshold: float) -> str:
+    """How much each moment stands out, as a curve, with a mark for every seam; heights are cut at the top."""
+    last_s = max(float(times_s[-1]), 1e-6)
+    top = 2.5 * threshold
+    across, down = _scales(WIDE, 190, last_s, 0.0, top)
+    points = " ".join(f"{across(t):.1f},{down(min(max(v, 0.0), top)):.1f}" for t, v in zip(times_s, score, strict=True))
+    stems = "".join(
+        f'<g class="{escape(mark.style)}"><title>{escape(mark.words)}</title>'
+        + _line(across(mark.time_s), down(0), across(mark.time_s), down(_between(mark.height, top)), "stem")
+        + f'<circle cx="{across(mark.time_s):.1f}" cy="{down(_between(mark.height, top)):.1f}" r="4"/></g>'
+        for mark in marks
+    )
+    limit = _line(across(0), down(threshold), across(last_s), down(threshold), "limit")
+    body = _axes(WIDE, 190, last_s, 0.0, top) + f'<polyline class="curve" points="{points}"/>' + limit + stems
+    return _svg(WIDE, 190, body)
+
+
+def _between(height: float, top: float) -> float:
+    return min(max(height, 0.04 * top), top)
+
+
+def bar_chart(bars: Sequence[Bar]) -> str:
+    """Work over time, one row for each worker in the order of first appearance."""
+    rows = list(dict.fromkeys(bar.row for bar in bars))
+    last_s = max((bar.stop_s for bar in bars), default=0.0) or 1.0
+    height = _TOP + ROW * len(rows) + _BOTTOM
+    left = 150
+    scale = (WIDE - left - _RIGHT) / last_s
+    body = "".join(
+        f'<text x="{left - 8}" y="{_TOP + ROW * i + 13}" class="right">{escape(row[:20])}</text>'
+        for i, row in enumerate(rows)
+    )
+    for bar in bars:
+        x, width = left + bar.start_s * scale, max(1.0, (bar.stop_s - bar.start_s) * scale - 0.5)
+        y = _TOP + ROW * rows.index(bar.row) + 2
+        body += f'<rect class="{escape(bar.style)}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 4}">'
+        body += f"<title>{escape(bar.words)}</title></rect>"
+    body += f'<text x="{left}" y="{height - 5}">0</text>'
+    body += f'<text x="{WIDE - _RIGHT}" y="{height - 5}" class="right">{clock(last_s)}</text>'
+    return _svg(WIDE, height, body)
+
+
+def clock(seconds: float) -> str:
+    """`m:ss`, or tenths of seconds below ten."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class _Scale:
+    def __init__(self, start: float, stop: float, low: float, high: float) -> None:
+        self.start, self.low = start, low
+        self.factor = (stop - start) / (high - low)
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) * self.factor
+
+
+def _scales(width: int, height: int, last_s: float, low: float, high: float) -> tuple[_Scale, _Scale]:
+    return _Scale(_LEFT, width - _RIGHT, 0.0, last_s), _Scale(height - _BOTTOM, _TOP, low, high)
+
+
+def _axes(width: int, height: int, last_s: float, low: float, high: float) -> str:
+    floor = height - _BOTTOM
+    body = _line(_LEFT, floor, width - _RIGHT, floor, "axis") + _line(_LEFT, _TOP, _LEFT, floor, "axis")
+    for value, y in ((low, floor), (high, _TOP + 9)):
+        body += f'<text x="{_LEFT - 5}" y="{y}" class="right">{value:.3g}</text>'
+    body += f'<text x="{_LEFT}" y="{height - 5}">0</text>'
+    return body + f'<text x="{width - _RIGHT}" y="{height - 5}" class="right">{clock(last_s)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+    return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _svg(width: int, height: int, body: str) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{body}</svg>'

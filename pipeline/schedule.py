@@ -1,0 +1,77 @@
+"""Who does what: which role a free worker takes, and which kinds of task a role runs in which order.
+
+The chain is the critical path, so each chain that can move gets a worker before refinement gets any; text
+embeddings come before both, because everything waits for them. A worker leaves its role only when nothing is
+left there for it: one worker goes through text, the whole chain and one change of role.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.tasks import Role, TaskKind
+
+ROLES_FOR_KIND: dict[TaskKind, tuple[Role, ...]] = {
+    "text": ("text",),
+    "source": ("media", "chain", "refine"),
+    "segment": ("chain",),
+    "window": ("refine",),
+    "encode": ("media", "chain", "refine"),
+    "film": ("media", "chain", "refine"),
+}
+"""Which roles can run a kind of task. Chain and refine workers hold a VAE, so they do the media tasks too."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """How many workers each role can use now."""
+
+    text: int
+    chain: int
+    refine: int
+    media: int
+
+    def of(self, role: Role) -> int:
+        """The number for one role."""
+        return {"text": self.text, "chain": self.chain, "refine": self.refine, "media": self.media}[role]
+
+
+def kinds_of(role: Role, peers: Sequence[Role | None]) -> tuple[TaskKind, ...]:
+    """The kinds a worker of this role runs, first choice first. `peers`: roles of the other workers."""
+    match role:
+        case "text":
+            return ("text",)
+        case "chain" if any(peer in ("refine", "media") for peer in peers):
+            return ("source", "segment", "encode", "film")
+        case "chain":
+            # Nobody else will encode before the chain is done, and the film so far is to be playable.
+            return ("source", "encode", "segment", "film")
+        case "refine":
+            return ("source", "encode", "window", "film")
+        case "media":
+            return ("source", "encode", "film")
+
+
+def choose_role(
+    current: Role | None, able: Sequence[Role], peers: Sequence[Role | None], demand: Demand
+) -> Role | None:
+    """The role a worker with nothing to do should have: the first one that its peers leave short of workers.
+
+    None, or the current role, means: stay as you are.
+    """
+    staff = Counter(peers)
+    for role in ("text", "chain", "refine"):
+        if role in able and demand.of(role) > staff[role]:
+            return role
+    if current in ROLES_FOR_KIND["encode"] or "media" not in able:
+        return current
+    return "media" if demand.media > staff["media"] else current
+
+
+def must_leave_for_chain(
+    current: Role | None, able: Sequence[Role], peers: Sequence[Role | None], segment_ready: bool
+) -> bool:
+    """Whether a free worker drops even ready refinement work: a segment is ready and nobody has the role."""
+    return segment_ready and current in ("refine", "media") and "chain" in able and "chain" not in peers

@@ -1,0 +1,758 @@
+"""A simulated world for one render: a disk, workers, nodes and a clock that one seed drives.
+
+The real plan, machine, carrier and ledger run in it. The world plays everything else and breaks it: it
+crashes the driver before and after any store operation, starts a second driver in the middle of one, loses
+workers and nodes, lets lost workers go on and answer late, delays, doubles and reorders events, loses the
+store's answers, fills the disk, flips bits, tears records, lets the clock jump and asks renders to stop.
+
+What must hold is checked as it happens (`World.require`) and at the end (`World.check_end`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.carrier import carry_out
+from pipeline.errors import LongtakeError, StoreError, StoreFull
+from pipeline.events import (
+    Event,
+    Fault,
+    NodeDraining,
+    Progress,
+    RoleFailed,
+    StopRequested,
+    TaskFailed,
+    TaskProduced,
+    Tick,
+    WorkerJoined,
+    WorkerLost,
+    WorkerReady,
+    fault_of,
+)
+from pipeline.facts import CheckpointFacts, Facts
+from pipeline.journal import AttemptStarted, TaskReset, entry_from_json
+from pipeline.lease import Owner, lease_path
+from pipeline.ledger import Ledger
+from pipeline.machine import Budgets, Machine, Timeouts
+from pipeline.plan import Plan, plan_film
+from pipeline.records import TornRecord, commit_from_json, unseal
+from pipeline.spec import parse_spec
+from pipeline.store import Store, StoredFile, check_artifact, corrupt
+from pipeline.tasks import ArtifactFile, Order, Produced, Role
+
+T = TypeVar("T")
+TICK_S = 5.0
+LIMIT_S = 500_000.0
+MOST_RUNS = 120
+TIMEOUTS = Timeouts(text_s=100, source_s=100, segment_s=150, window_s=150, encode_s=100, film_s=100, load_s=200)
+
+
+class Violation(AssertionError):
+    """Something that must always hold did not."""
+
+
+class Crash(BaseException):
+    """The process that was using the store is gone."""
+
+
+@dataclass
+class Troubles:
+    """How likely each kind of trouble is, at each place where it can happen; `left` bounds them all."""
+
+    left: int = 40
+    crash: float = 0.0
+    store_error: float = 0.0
+    lost_answer: float = 0.0
+    full: float = 0.0
+    second_driver: float = 0.0
+    worker_loss: float = 0.0
+    node_loss: float = 0.0
+    zombie: float = 0.0
+    hang: float = 0.0
+    task_fault: float = 0.0
+    load_fault: float = 0.0
+    short_write: float = 0.0
+    bit_flip: float = 0.0
+    torn_record: float = 0.0
+    late: float = 0.0
+    twice: float = 0.0
+    clock_jump: float = 0.0
+    stop: float = 0.0
+    drain: float = 0.0
+    quality: float = 0.0
+
+    @staticmethod
+    def draw(rng: random.Random) -> Troubles:
+        """Some kinds of trouble, more or less of each."""
+        troubles = Troubles(left=rng.choice([5, 15, 40]))
+        rates = {
+            "crash": 0.02, "store_error": 0.03, "lost_answer": 0.03, "full": 0.003, "second_driver": 0.004,
+            "worker_loss": 0.05, "node_loss": 0.3, "zombie": 0.5, "hang": 0.03, "task_fault": 0.05,
+            "load_fault": 0.1, "short_write": 0.03, "bit_flip": 0.02, "torn_record": 0.02, "late": 0.1,
+            "twice": 0.1, "clock_jump": 0.02, "stop": 0.01, "drain": 0.3, "quality": 0.02,
+        }  # fmt: skip
+        for name, rate in rates.items():
+            if rng.random() < 0.4:
+                setattr(troubles, name, rate * rng.choice([0.5, 1.0, 2.0]))
+        return troubles
+
+
+@lru_cache(maxsize=256)
+def plan_of(number: int, redo: tuple[tuple[str, int], ...] = ()) -> Plan:
+    """One of a few dozen small films, under redo generations."""
+    rng = random.Random(number)
+    shots: list[dict[str, object]] = []
+    for position in range(rng.choice([1, 1, 2, 3])):
+        name = f"shot{position}"
+        shot: dict[str, object] = {"id": name, "duration": f"{rng.choice([3, 6, 11, 16])}s", "prompt": name}
+        if position and rng.random() < 0.3:
+            shot["continue"] = "previous"
+        elif position and rng.random() < 0.3:
+            shot["frame_of"] = {"shot": "shot0", "frame": "last"}
+        elif position and rng.random() < 0.4:
+            shot["transition"] = {"crossfade": "1s"}
+        shots.append(shot)
+    refinement = rng.choice(["parallel", "parallel", "chained", "none"])
+    spec = {"title": f"film {number}", "refinement": refinement, "shots": shots}
+    facts = Facts(CheckpointFacts("pocket", "d" * 64), redo=dict(redo))
+    return plan_film(parse_spec(json.dumps(spec)), facts)
+
+
+def artifact_of(task_id: str, inputs: Iterable[bytes]) -> bytes:
+    """What a simulated worker computes: a function of the task and of the bytes of its inputs."""
+    digest = hashlib.sha256(task_id.encode())
+    for data in inputs:
+        digest.update(data)
+    return f"{task_id} {digest.hexdigest()}".encode()
+
+
+def task_of(commit_path: str) -> str:
+    """The task whose commit record lies at a path."""
+    return commit_path.removeprefix("commits/").partition(".")[0]
+
+
+@lru_cache(maxsize=256)
+def true_artifacts(number: int, redo: tuple[tuple[str, int], ...]) -> Mapping[str, bytes]:
+    """The artifact of every task of a plan without faults."""
+    made: dict[str, bytes] = {}
+    for task in plan_of(number, redo).tasks.values():
+        made[task.id] = artifact_of(task.id, (made[input_id] for input_id in task.inputs))
+    return made
+
+
+class SimStore(Store):
+    """The world's disk as one process sees it; `actor` is None for the checker, who is never disturbed."""
+
+    def __init__(self, world: World, actor: Driver | Worker | None) -> None:
+        self.url = "simulated"
+        self._world, self._actor = world, actor
+
+    def write_attempt(self, path: str, source: bytes | Path) -> ArtifactFile:
+        assert isinstance(source, bytes)
+        self._run(path, lambda: self._world.put(path, source))
+        return ArtifactFile(path.rsplit("/", 1)[-1], path, len(source), hashlib.sha256(source).hexdigest())
+
+    def create_if_absent(self, path: str, data: bytes) -> bool:
+        return self._run(path, lambda: self._world.create(path, data, self._actor))
+
+    def put_replace(self, path: str, source: bytes | Path) -> None:
+        assert isinstance(source, bytes)
+        self._run(path, lambda: self._world.put(path, source))
+
+    def copy(self, from_path: str, path: str) -> None:
+        self._run(path, lambda: self._world.put(path, self._get(from_path)))
+
+    def read(self, path: str) -> bytes:
+        return self._run(path, lambda: self._get(path))
+
+    def open_local(self, artifact: ArtifactFile, scratch: Path) -> Path:
+        raise NotImplementedError("simulated workers read with read_artifact")
+
+    def read_artifact(self, artifact: ArtifactFile) -> bytes:
+        """What an actor does through `open_local`: bytes compared with their record."""
+        try:
+            data = self.read(artifact.path)
+        except FileNotFoundError:
+            raise corrupt(artifact.path, "the file is gone") from None
+        check_artifact(artifact, hashlib.sha256(data).hexdigest(), len(data))
+        return data
+
+    def digest(self, path: str) -> tuple[str, int]:
+        data = self.read(path)
+        return hashlib.sha256(data).hexdigest(), len(data)
+
+    def list(self, prefix: str = "") -> list[StoredFile]:
+        def files() -> list[StoredFile]:
+            inside = f"{prefix.rstrip('/')}/"
+            found = (path for path in self._world.files if not prefix or path.startswith(inside))
+            return [StoredFile(path, len(self._world.files[path]), 0.0) for path in sorted(found)]
+
+        return self._run(prefix, files)
+
+    def head(self, path: str) -> StoredFile | None:
+        def look() -> StoredFile | None:
+            data = self._world.files.get(path)
+            return None if data is None else StoredFile(path, len(data), 0.0)
+
+        return self._run(path, look)
+
+    def delete(self, path: str) -> None:
+        self._run(path, lambda: self._world.delete(path))
+
+    def free_bytes(self) -> None:
+        return None
+
+    def _get(self, path: str) -> bytes:
+        if path not in self._world.files:
+            raise FileNotFoundError(path)
+        return self._world.files[path]
+
+    def _run(self, path: str, operation: Callable[[], T]) -> T:
+        if self._actor is None:
+            return operation()
+        self._world.boundary(self._actor, path, acknowledged=False)
+        result = operation()
+        self._world.boundary(self._actor, path, acknowledged=True)
+        return result
+
+
+@dataclass(eq=False)
+class Worker:
+    """A simulated worker. `gone`: its driver has been told that it is lost. `dead`: it does nothing more."""
+
+    name: str
+    node: str
+    driver: Driver
+    world: World
+    dead: bool = False
+    gone: bool = False
+    hung: bool = False
+    order: Order | None = None
+    stop_asked: bool = False
+
+    def __post_init__(self) -> None:
+        self.store = SimStore(self.world, self)
+
+    def load(self, role: Role) -> None:
+        fault = self.world.strikes("load_fault")
+        self.world.after(self.world.rng.uniform(1, 20), lambda: self._loaded(role, fault))
+
+    def _loaded(self, role: Role, fault: bool) -> None:
+        if self.dead:
+            return
+        now = self.world.now
+        if fault:
+            failure = Fault("transient", "the device is busy")
+            self.tell(lambda: RoleFailed(now(), self.name, role, failure))
+        else:
+            self.tell(lambda: WorkerReady(now(), self.name, role))
+
+    def begin(self, order: Order) -> None:
+        self.world.require(self.order is None or self.hung, f"{self.name} got a second order")
+        self.order, self.stop_asked = order, False
+        if self.world.strikes("hang"):
+            self.hung = True
+            return
+        self.world.after(self.world.rng.uniform(0.5, 5), lambda: self.step(order, {}, 0))
+
+    def step(self, order: Order, inputs: dict[str, bytes], done: int) -> None:
+        """Read the inputs, then three steps that may save, then write and answer."""
+        if self.dead or self.order is not order:
+            return
+        if self.world.strikes("worker_loss"):
+            self.world.lose_worker(self)
+            if self.dead:
+                return
+        try:
+            self._advance(order, inputs, done)
+        except Crash:
+            self.world.lose_worker(self, certainly=True)
+        except LongtakeError as error:
+            self.fail(order, fault_of(error))
+
+    def _advance(self, order: Order, inputs: dict[str, bytes], done: int) -> None:
+        if not inputs:
+            inputs = {i: self.store.read_artifact(files[0]) for i, files in order.inputs.items()}
+            if order.partial is not None:
+                done = max(done, int(self.store.read_artifact(order.partial).decode().split()[1]))
+        if self.stop_asked:
+            self._stop(order, done)
+        elif self.world.strikes("task_fault"):
+            self.fail(order, Fault("transient", "the device hiccuped", "last lines"))
+        elif self.world.strikes("quality") and order.task.kind in ("segment", "window"):
+            self.fail(order, Fault("quality", "grey", exit_code=4))
+        elif done < 3:
+            self._denoise(order, inputs, done + 1)
+        else:
+            self._produce(order, inputs)
+
+    def _denoise(self, order: Order, inputs: dict[str, bytes], done: int) -> None:
+        now, rng = self.world.now, self.world.rng
+        partial = self._save(order, done) if rng.random() < 0.3 else None
+        self.tell(lambda: Progress(now(), self.name, order.task.id, order.attempt, done, 0, partial))
+        self.world.after(rng.uniform(0.5, 8), lambda: self.step(order, inputs, done))
+
+    def _save(self, order: Order, done: int) -> ArtifactFile:
+        path = f"partials/{order.task.id}/{order.attempt:04d}-{order.epoch}-{done}.bin"
+        return self.store.write_attempt(path, f"{order.task.id} {done}".encode())
+
+    def _stop(self, order: Order, done: int) -> None:
+        partial, now = self._save(order, done), self.world.now
+        self.order = None
+        failure = Fault("interrupted", "stopped on request")
+        self.tell(
+            lambda: TaskFailed(now(), self.name, order.task.id, order.attempt, order.epoch, failure, partial, done)
+        )
+
+    def _produce(self, order: Order, inputs: Mapping[str, bytes]) -> None:
+        data = artifact_of(order.task.id, (inputs[input_id] for input_id in order.task.inputs))
+        file = self.store.write_attempt(f"{order.attempt_path}/out.bin", data)
+        if self.world.strikes("short_write"):
+            self.world.files[file.path] = data[:-1]
+        produced, now = Produced((file,), {"frames": 80.0}, 10.0, self.node), self.world.now
+        self.order = None
+        self.tell(lambda: TaskProduced(now(), self.name, order.task.id, order.attempt, order.epoch, produced))
+
+    def fail(self, order: Order, fault: Fault) -> None:
+        now = self.world.now
+        self.order = None
+        self.tell(lambda: TaskFailed(now(), self.name, order.task.id, order.attempt, order.epoch, fault))
+
+    def tell(self, event: Callable[[], Event]) -> None:
+        """Send the driver an event: soon, or late, or twice."""
+        rng = self.world.rng
+        self.world.after(rng.uniform(0, 0.2), lambda: self.driver.feed(event()))
+        if self.world.strikes("late"):
+            self.world.after(rng.uniform(5, 300), lambda: self.driver.feed(event()))
+        if self.world.strikes("twice"):
+            self.world.after(rng.uniform(0, 2), lambda: self.driver.feed(event()))
+
+
+class Driver:
+    """One run of the command: takes the lease, loads, and carries the machine's commands out."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world, self.number = world, number
+        self.name = f"driver{number}"
+        self.dead = self.busy = False
+        self.outcome: tuple[int, str] | None = None
+        self.workers: dict[str, Worker] = {}
+        self.hired = 0
+        self.lost_nodes: set[str] = set()
+        self.redo: tuple[tuple[str, int], ...] = ()
+        self.loaded: set[str] = set()
+        self.committed: set[str] = set()
+        self.machine: Machine | None = None
+        self.store = SimStore(world, self)
+        self.ledger = Ledger(self.store, clock=lambda: world.time_s, sleep=world.sleep, owner=Owner(self.name, number))
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a later lease was taken, were it by a driver that crashed in the same moment."""
+        return lease_path(self.ledger.epoch + 1) in self.world.files
+
+    def start(self, *, retry: bool) -> None:
+        """Run the command. `retry`: forgive what was charged to tasks first, as a person would ask."""
+        self._guard(lambda: self._start(retry))
+
+    def _start(self, retry: bool) -> None:
+        epoch = self.ledger.take_lease(watch_s=0)
+        self.ledger.pin_numerics({"torch": "1"})
+        state = self.ledger.load()
+        if retry:
+            failed = [TaskReset(task_id) for task_id in state.logs if task_id not in state.commits]
+            self.ledger.journal(failed)
+            for entry in failed:
+                state.apply(entry)
+        self.redo = tuple(sorted(state.redo.items()))
+        self.world.spread_taint()
+        tasks = plan_of(self.world.film, self.redo).tasks
+        budgets = Budgets(quality=50, invalidations=50)
+        self.machine = Machine(tasks, state, epoch=epoch, timeouts=TIMEOUTS, budgets=budgets)
+        self.loaded = set(state.commits)
+        self.world.trace(f"{self.name} started, {len(state.commits)} of {len(tasks)} committed")
+        self.feed_now(Tick(self.world.now()))
+        for index in range(self.world.workers if self.outcome is None else 0):
+            self.hire(f"{self.name}.node{index % self.world.nodes}")
+        self.tick()
+
+    def tick(self) -> None:
+        """Once every few seconds; now and then the clock jumps or somebody asks it to stop."""
+        if self.dead or self.outcome is not None:
+            return
+        if self.world.strikes("clock_jump"):
+            self.world.offset_s += self.world.rng.choice([-3600.0, 3600.0])
+        if self.world.strikes("stop"):
+            code = self.world.rng.choice([75, 130])
+            self.world.after(0, lambda: self.feed(StopRequested(self.world.now(), code)))
+        self.feed(Tick(self.world.now()))
+        self.world.after(TICK_S, self.tick)
+
+    def feed(self, event: Event) -> None:
+        """Handle an event, now or, if this driver is in the middle of another, a little later."""
+        if self.dead or self.outcome is not None:
+            return
+        if self.busy:
+            self.world.after(0.1, lambda: self.feed(event))
+            return
+        self._guard(lambda: self.feed_now(event))
+
+    def feed_now(self, event: Event) -> None:
+        queue = [event]
+        while queue and self.outcome is None:
+            assert self.machine is not None
+            commands = self.machine.handle(queue.pop(0))
+            queue += carry_out(commands, self.ledger, self, self.world.now)
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        self.busy = True
+        try:
+            action()
+        except Crash:
+            self.die()
+        except LongtakeError as error:
+            self.finish(error.exit_code, str(error))
+        finally:
+            self.busy = False
+
+    def die(self) -> None:
+        """The process is gone; its workers are gone with it, at once or after what they were doing."""
+        self.world.trace(f"{self.name} crashed")
+        self.dead = True
+        for worker in self.workers.values():
+            worker.dead = not self.world.strikes("zombie")
+
+    # Hands
+
+    def hire(self, node: str) -> None:
+        """A worker on this node or, if it was taken away, on the one that came in its place."""
+        while node in self.lost_nodes:
+            node += "+"
+        self.hired += 1
+        worker = Worker(f"{self.name}.w{self.hired}", node, self, self.world)
+        self.workers[worker.name] = worker
+        self.world.after(
+            self.world.rng.uniform(0.1, 3),
+            lambda: worker.tell(lambda: WorkerJoined(self.world.now(), worker.name, worker.node)),
+        )
+
+    def assign_role(self, worker_id: str, role: Role) -> None:
+        self.workers[worker_id].load(role)
+
+    def dispatch(self, worker_id: str, order: Order) -> None:
+        self.world.check_dispatch(self, order)
+        self.world.trace(f"{self.name}: {order.task.label} #{order.attempt} -> {worker_id}")
+        self.workers[worker_id].begin(order)
+
+    def recycle(self, worker_id: str, reason: str) -> None:
+        worker = self.workers[worker_id]
+        stalled = "no progress" in reason or "not loaded" in reason
+        self.world.require(worker.hung or not stalled, f"{worker_id} recycled though it works: {reason}")
+        worker.dead = worker.gone = True
+        self.hire(worker.node)
+
+    def stop_orders(self, worker_ids: tuple[str, ...]) -> None:
+        for worker_id in worker_ids:
+            self.workers[worker_id].stop_asked = True
+
+    def refresh(self) -> None:
+        self.world.refreshes += 1
+
+    def replan(self, task_id: str) -> None:
+        assert self.machine is not None
+        self.redo = tuple(sorted(self.machine.redo.items()))
+        self.world.spread_taint()
+        self.machine.replace_plan(plan_of(self.world.film, self.redo).tasks)
+
+    def note(self, message: str, warning: bool) -> None:
+        self.world.trace(f"{self.name}: {message}")
+
+    def finish(self, exit_code: int, message: str) -> None:
+        self.world.trace(f"{self.name} finished: {exit_code} {message}")
+        fenced = "another orchestrator" in message or "by somebody else" in message
+        self.world.require(not fenced or self.superseded, f"fenced by nobody: {message}")
+        self.outcome = (exit_code, message)
+        for worker in self.workers.values():
+            worker.dead = not self.world.strikes("zombie")
+
+
+@dataclass
+class World:
+    """One seed's world. `crash_at`: crash at exactly this store boundary of the run and nowhere else."""
+
+    seed: int
+    crash_at: int | None = None
+    verbose: bool = False
+    files: dict[str, bytes] = field(default_factory=dict)
+    time_s: float = 0.0
+    offset_s: float = 0.0
+    boundaries: int = 0
+    refreshes: int = 0
+    full: bool = False
+    tainted: set[str] = field(default_factory=set)
+    """Tasks whose bytes or records the world damaged, with what depends on them: to be rendered again."""
+    journalled: set[tuple[str, int, int]] = field(default_factory=set)
+    happened: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.film = self.rng.randrange(40)
+        self.workers = self.rng.choice([1, 2, 3, 5])
+        self.nodes = self.rng.choice([1, 2, 3])
+        self.troubles = Troubles.draw(self.rng) if self.crash_at is None else Troubles(left=0)
+        self.drivers: list[Driver] = []
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._events = 0
+        self._nesting = 0
+
+    # Time
+
+    def now(self) -> float:
+        """The clock as the driver sees it."""
+        return self.time_s + self.offset_s
+
+    def sleep(self, seconds: float) -> None:
+        self.time_s += seconds
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        self._events += 1
+        heapq.heappush(self._queue, (self.time_s + seconds, self._events, action))
+
+    def step(self) -> bool:
+        """Let the next thing happen; False if nothing will."""
+        if not self._queue:
+            return False
+        due_s, _, action = heapq.heappop(self._queue)
+        self.time_s = max(self.time_s, due_s)
+        self.require(self.time_s < LIMIT_S, "the render does not end")
+        action()
+        return True
+
+    # Trouble
+
+    def strikes(self, trouble: str) -> bool:
+        rate: float = getattr(self.troubles, trouble)
+        if not rate or not self.troubles.left or self.rng.random() >= rate:
+            return False
+        self.troubles.left -= 1
+        self.happened[trouble] += 1
+        self.trace(f"! {trouble}")
+        return True
+
+    def boundary(self, actor: Driver | Worker, path: str, *, acknowledged: bool) -> None:
+        """Between two steps of the store: anything may break here."""
+        self.boundaries += 1
+        if self.boundaries == self.crash_at or self.strikes("crash"):
+            raise Crash
+        if isinstance(actor, Driver) and not acknowledged and not self._nesting and self.strikes("second_driver"):
+            self._second_driver()
+        if acknowledged:
+            if self.strikes("lost_answer"):
+                raise StoreError(f"{path}: the answer was lost")
+            return
+        self.full = self.full or self.strikes("full")
+        if self.full:
+            raise StoreFull(f"no space left for {path}")
+        if self.strikes("store_error"):
+            raise StoreError(f"{path}: 503 slow down")
+        if self.strikes("bit_flip"):
+            self._damage("attempts/", flip=True)
+        if self.strikes("torn_record"):
+            self._damage("commits/", flip=False)
+
+    def _second_driver(self) -> None:
+        """Another run of the command takes over in the middle of this one's operation and works a while."""
+        self._nesting += 1
+        self.begin_driver(retry=False)
+        for _ in range(self.rng.randrange(200)):
+            if not self.step():
+                break
+        self._nesting -= 1
+
+    def _damage(self, folder: str, *, flip: bool) -> None:
+        """Flip a bit of an artifact, or shorten a record, of something committed."""
+        committed = sorted({task_of(path) for path in self.commit_paths()})
+        if not committed:
+            return
+        task_id = self.rng.choice(committed)
+        path = next(path for path in self.commit_paths() if task_of(path) == task_id)
+        if flip:
+            path = commit_from_json(unseal(self.files[path])).files[0].path
+        data = self.files[path]
+        cut = self.rng.randrange(len(data))
+        self.files[path] = data[:cut] + bytes([data[cut] ^ 1]) + data[cut + 1 :] if flip else data[:cut]
+        self.trace(f"damaged {path}")
+        self.tainted.add(task_id)
+        self.spread_taint()
+
+    def spread_taint(self) -> None:
+        """To all that depends on something tainted, in the plans of all drivers."""
+        for redo in {driver.redo for driver in self.drivers}:
+            for task in plan_of(self.film, redo).tasks.values():
+                if self.tainted.intersection(task.inputs):
+                    self.tainted.add(task.id)
+
+    def lose_worker(self, worker: Worker, *, certainly: bool = False) -> None:
+        """It dies, alone or with its node; or it is only thought dead and goes on."""
+        if not certainly and self.strikes("drain"):
+            deadline_s = self.rng.choice([None, 30.0, 120.0])
+            worker.driver.lost_nodes.add(worker.node)
+            worker.driver.feed(NodeDraining(self.now(), worker.node, deadline_s))
+            self.after(deadline_s or 60.0, lambda: self._lose_node(worker.driver, worker.node))
+        elif self.strikes("node_loss"):
+            self._lose_node(worker.driver, worker.node)
+        else:
+            worker.gone = True
+            worker.dead = certainly or not self.strikes("zombie")
+            self._report_lost(worker, node_lost=False)
+
+    def _lose_node(self, driver: Driver, node: str) -> None:
+        driver.lost_nodes.add(node)
+        for worker in driver.workers.values():
+            if worker.node == node and not worker.gone:
+                worker.gone = worker.dead = True
+                self._report_lost(worker, node_lost=True)
+
+    def _report_lost(self, worker: Worker, *, node_lost: bool) -> None:
+        driver, name = worker.driver, worker.name
+        event = WorkerLost(self.now(), name, "connection lost", node_lost)
+        self.after(self.rng.uniform(0.1, 30), lambda: driver.feed(event))
+        self.after(self.rng.uniform(1, 60), lambda: driver.hire(worker.node))
+
+    # The disk
+
+    def put(self, path: str, data: bytes) -> None:
+        self.files[path] = data
+
+    def create(self, path: str, data: bytes, actor: Driver | Worker | None) -> bool:
+        if path in self.files:
+            return False
+        if path.startswith("journal/"):
+            entries = map(entry_from_json, unseal(data)["entries"])
+            self.journalled.update(
+                (entry.task_id, entry.attempt, entry.epoch) for entry in entries if isinstance(entry, AttemptStarted)
+            )
+        if path.startswith("commits/"):
+            self._check_commit(data)
+            if isinstance(actor, Driver):
+                actor.committed.add(task_of(path))
+        self.files[path] = data
+        return True
+
+    def delete(self, path: str) -> None:
+        self.require(not path.startswith("commits/"), f"{path}: a commit was deleted")
+        self.files.pop(path, None)
+
+    def commit_paths(self) -> list[str]:
+        """Commit records that can be read, later generations first."""
+        found = []
+        for path in (path for path in self.files if path.startswith("commits/")):
+            try:
+                unseal(self.files[path])
+            except TornRecord:
+                continue
+            found.append(path)
+        return sorted(found, reverse=True)
+
+    # What must hold
+
+    def require(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise Violation(what)
+
+    def _check_commit(self, data: bytes) -> None:
+        """Bytes that are whole and right, of an attempt that was journalled, on inputs that are committed."""
+        record = commit_from_json(unseal(data))
+        for file in record.files:
+            found = self.files.get(file.path, b"")
+            self.require(len(found) == file.size_bytes, f"{file.path} was committed short")
+        for input_id in record.inputs_sha256:
+            known = f"commits/{input_id}.json" in self.files or input_id in self.tainted
+            self.require(known, f"{record.task_id} was committed before its input {input_id}")
+
+    def check_dispatch(self, driver: Driver, order: Order) -> None:
+        """Journalled before it is sent; nothing committed is done again."""
+        if driver.superseded:
+            return  # one that has lost its lease without knowing it yet: harmless, see check_end
+        found = (order.task.id, order.attempt, order.epoch) in self.journalled
+        self.require(found, f"{order.task.label} was sent before it was journalled")
+        # A commit that a driver being taken over had begun may land after its successor has looked.
+        known = driver.loaded | driver.committed
+        again = order.task.id in known and order.task.id not in self.tainted
+        self.require(not again, f"{order.task.label} is committed and was sent again")
+
+    def check_end(self) -> None:
+        """The film is the fault-free one, everything is there, and the ledger agrees with the bytes."""
+        ledger = Ledger(SimStore(self, None), owner=Owner("checker", 0))
+        state = ledger.load()
+        redo = tuple(sorted(state.redo.items()))
+        plan, truth = plan_of(self.film, redo), true_artifacts(self.film, redo)
+        for task_id, record in state.commits.items():
+            if task_id in truth and task_id not in self.tainted:
+                data = self.files[record.files[0].path]
+                self.require(data == truth[task_id], f"{task_id} differs from the fault-free one")
+        missing = set(plan.tasks) - set(state.commits) - self.tainted
+        self.require(not missing, f"forgotten: {sorted(missing)}")
+        for problem in ledger.verify().problems:
+            self.require(problem.task_id in self.tainted, f"verify: {problem}")
+
+    # Running
+
+    def begin_driver(self, *, retry: bool) -> None:
+        driver = Driver(self, len(self.drivers) + 1)
+        self.drivers.append(driver)
+        driver.start(retry=retry)
+
+    def run(self) -> World:
+        """Run the command again and again until the film is there; then check."""
+        retry = False
+        for _ in range(MOST_RUNS):
+            self.full = False
+            self.begin_driver(retry=retry)
+            while not (self.drivers[-1].dead or self.drivers[-1].outcome) and self.step():
+                pass
+            code, message = self.drivers[-1].outcome or (137, "crashed")
+            if code == 0:
+                break
+            retry = "longtake retry" in message
+            self.time_s += self.rng.uniform(1, 100)
+        self.require(code == 0, f"no film after {MOST_RUNS} runs, last: {code} {message}")
+        self._let_zombies_end()
+        self.check_end()
+        if self.tainted:
+            self._repair()
+        return self
+
+    def _let_zombies_end(self) -> None:
+        """Drivers that were taken over, and workers thought lost, do what they still can."""
+        while self.step():
+            pass
+        for driver in self.drivers:
+            self.require(driver.dead or driver.outcome is not None, f"{driver.name} never ended")
+
+    def _repair(self) -> None:
+        """What `longtake verify` and another run do: afterwards every byte is right."""
+        self.troubles.left = 0
+        fixer = Ledger(SimStore(self, None), owner=Owner("fixer", 0))
+        fixer.take_lease(watch_s=0)
+        fixer.load()
+        fixer.apply_verification(fixer.verify())
+        self.begin_driver(retry=True)
+        while self.drivers[-1].outcome is None and self.step():
+            pass
+        self.require((self.drivers[-1].outcome or (1, ""))[0] == 0, "not repaired")
+        self.tainted.clear()
+        self.check_end()
+
+    def trace(self, line: str) -> None:
+        if self.verbose:
+            print(f"{self.time_s:10.2f} {line}")

@@ -1,0 +1,249 @@
+"""The command line without a cluster: help, plan, schema, status, verify, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from cluster.cli import main
+from tests.tiny_checkpoint import make_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def storyboard(checkpoint: Path, **changes: Any) -> dict[str, Any]:
+    shot = {"id": "one", "duration": "2s", "prompt": "a red circle moves left"}
+    return {"title": "Test", "checkpoint": str(checkpoint), "shots": [shot], **changes}
+
+
+def write(content: object, path: Path = Path("film.yaml")) -> str:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["--help", "plan film.yaml", "status film.yaml", "verify film.yaml", "schema"])
+def test_light_commands_load_neither_torch_nor_ray(here: Path, tiny_checkpoint: Path, command: str) -> None:
+    write(storyboard(tiny_checkpoint))
+    script = (
+        "import sys\nfrom cluster.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('LOADED', *sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'ray', 'transformers'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "LOADED", done.stdout + done.stderr
+
+
+def test_plan_names_every_task_and_the_expected_time(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", write(storyboard(tiny_checkpoint))]) == 0
+    text = capsys.readouterr().out
+    assert main(["plan", "film.yaml", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [task["kind"] for task in plan["tasks"]].count("segment") == 1
+    assert all(task["id"] in text for task in plan["tasks"])
+    assert "expected" in text
+    assert not Path("renders").exists()
+
+
+def test_plan_until_stage_one_has_no_refinement(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", write(storyboard(tiny_checkpoint)), "--until", "stage-one", "--json"]) == 0
+    assert "window" not in {task["kind"] for task in json.loads(capsys.readouterr().out)["tasks"]}
+
+
+def test_schema_describes_a_storyboard(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert "shots" in json.loads(capsys.readouterr().out)["properties"]
+
+
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_a_place_without_a_render_is_named(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, str(here / "nothing")]) == 2
+    assert str(here / "nothing") in capsys.readouterr().err
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["render"])
+    assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["render", "film.yaml", "--workers", "0"])
+    assert stopped.value.code == 2
+
+
+def test_an_unforeseen_error_is_one_line_and_a_log(
+    here: Path, private_cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("the moon is in the way")
+
+    monkeypatch.setattr("cluster.show.print_plan", broken)
+    assert main(["plan", "film.yaml"]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "the moon is in the way" in error
+    log = Path(error.rsplit("details in ", 1)[1].strip().rstrip(")"))
+    assert "Traceback" in log.read_text()
+
+
+# Bad input: each case writes what it needs into the working folder and gives the storyboard.
+
+Case = Callable[[Path], dict[str, Any] | str]
+
+
+def _shot(**changes: Any) -> dict[str, Any]:
+    return {"shots": [{"id": "one", "duration": "2s", "prompt": "a red circle", **changes}]}
+
+
+def _corrupt_image(checkpoint: Path) -> dict[str, Any]:
+    Image.new("RGB", (64, 32), "red").save("start.png")
+    data = Path("start.png").read_bytes()
+    Path("start.png").write_bytes(data[:60] + b"\x00" * 8)
+    return storyboard(checkpoint, **_shot(image="start.png"))
+
+
+def _unreadable_video(checkpoint: Path) -> dict[str, Any]:
+    Path("before.mp4").write_bytes(b"\x00\x00\x00\x20ftypisom" + b"\x00" * 500)
+    return storyboard(checkpoint, **_shot(video="before.mp4"))
+
+
+def _playlist_as_video(checkpoint: Path) -> dict[str, Any]:
+    Path("before.mp4").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
+    return storyboard(checkpoint, **_shot(video="before.mp4"))
+
+
+def _changed_checkpoint(change: Callable[[Path], None]) -> Case:
+    def case(checkpoint: Path) -> dict[str, Any]:
+        shutil.copytree(checkpoint, "weights")
+        change(Path("weights"))
+        return storyboard(Path("weights"))
+
+    return case
+
+
+def _drop_tensor(folder: Path) -> None:
+    file = folder / "dit/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["blocks.0.attn.proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _reshape_tensor(folder: Path) -> None:
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = "post_quant_conv.bias"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _leave_pickle(folder: Path) -> None:
+    (folder / "dit/diffusion_pytorch_model.safetensors").unlink()
+    (folder / "dit/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
+
+
+def _output(**output: Any) -> Case:
+    return lambda checkpoint: storyboard(checkpoint, output=output)
+
+
+BAD_INPUT: dict[str, tuple[Case, list[str]]] = {
+    "unknown field": (lambda c: storyboard(c, colour="red"), ["colour"]),
+    "negative duration": (lambda c: storyboard(c, **_shot(duration="-2s")), ["duration", "-2s", "negative"]),
+    "no yaml": (lambda c: "shots: [", ["film.yaml"]),
+    "missing image": (lambda c: storyboard(c, **_shot(image="nowhere.png")), ["nowhere.png"]),
+    "corrupt image": (_corrupt_image, ["start.png", "damaged"]),
+    "unreadable video": (_unreadable_video, ["before.mp4"]),
+    "playlist as video": (_playlist_as_video, ["before.mp4", "whatever its name says"]),
+    "image as video": (lambda c: storyboard(c, **_shot(video=_picture())), ["start.png", "video"]),
+    "no such checkpoint": (lambda c: storyboard(Path("nowhere")), ["checkpoint", "nowhere"]),
+    "missing tensor": (_changed_checkpoint(_drop_tensor), ["blocks.0.attn.proj.weight", "missing"]),
+    "wrong shape": (_changed_checkpoint(_reshape_tensor), ["post_quant_conv.bias", "[15]", "[16]"]),
+    "pickle": (_changed_checkpoint(_leave_pickle), ["pickle", "diffusion_pytorch_model.bin"]),
+    "unwritable output": (_output(path="film.yaml/film.mp4"), ["output.path", "film.yaml/film.mp4"]),
+    "output is a folder": (_output(path="folder.mp4"), ["output.path", "folder.mp4"]),
+    "unwritable store": (lambda c: storyboard(c), ["--store", "film.yaml/render"]),
+    "unknown shot": (lambda c: storyboard(c), ["--shots", "two", "one"]),
+}
+
+
+def _picture() -> str:
+    Image.new("RGB", (64, 32), "red").save("start.png")
+    return "start.png"
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_fails_before_rendering_with_one_clear_message(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    make_case, words = BAD_INPUT[name]
+    (here / "folder.mp4").mkdir()
+    write(make_case(tiny_checkpoint))
+    options = {"unknown shot": ["--shots", "two"], "unwritable store": ["--store", "film.yaml/render"]}
+    assert main(["render", "film.yaml", *options.get(name, [])]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    for word in words:
+        assert word in captured.err, captured.err
+    assert not list(here.glob("renders/*/attempts")), "nothing may have run"
+
+
+def test_a_missing_ffmpeg_is_a_setting_error(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGTAKE_FFMPEG", "/nowhere/ffmpeg")
+    assert main(["render", write(storyboard(tiny_checkpoint))]) == 2
+    error = capsys.readouterr().err
+    assert "LONGTAKE_FFMPEG" in error
+    assert "/nowhere/ffmpeg" in error
+
+
+def test_a_disk_that_is_too_small_is_refused_before_rendering(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.store.LocalStore.free_bytes", lambda store: 1_000_000)
+    assert main(["render", write(storyboard(tiny_checkpoint))]) == 1
+    error = capsys.readouterr().err
+    assert "1 MB are free" in error
+    assert "renders/test" in error
+
+
+def test_a_cluster_that_is_not_loopback_needs_a_token(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    film = write(storyboard(tiny_checkpoint))
+    assert main(["render", film, "--address", "203.0.113.9:6379"]) == 2
+    error = capsys.readouterr().err
+    assert "--address" in error
+    assert "RAY_AUTH_MODE" in error
+
+
+def test_checkpoint_verify_lists_what_is_wrong(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(here / "weights")
+    assert main(["checkpoint", "verify", str(folder)]) == 0
+    _drop_tensor(folder)
+    assert main(["checkpoint", "verify", str(folder)]) == 2
+    assert "blocks.0.attn.proj.weight" in capsys.readouterr().err

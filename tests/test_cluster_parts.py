@@ -1,0 +1,234 @@
+"""The parts of the top floor that decide something without Ray: placement, addresses, recipe, progress, publishing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.orchestrator import Member, Story, first_line, forget, lost_worker
+from cluster.placement import place_workers
+from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
+from cluster.publish import units_so_far
+from cluster.recipe import Recipe, load_recipe, make_plan
+from cluster.render import default_store, useful_workers
+from cluster.session import check_address, is_loopback, sweep_abandoned
+from pipeline.errors import SettingError
+from pipeline.events import PhaseProgress, ProgressSummary
+from pipeline.facts import CheckpointFacts, Facts, RenderFacts
+from pipeline.spec import parse_spec
+from pipeline.store import LocalStore
+from pipeline.tasks import ArtifactFile, CommitRecord
+
+
+def recipe(**changes: object) -> Recipe:
+    shots = [{"id": name, "duration": "12s", "prompt": f"a {name}"} for name in ("star", "circle")]
+    spec = parse_spec(json.dumps({"title": "Two", "shots": shots}))
+    facts = Facts(checkpoint=CheckpointFacts("/somewhere", "0" * 64, RenderFacts(shift=7.0)))
+    return replace(Recipe(spec, facts), **changes)  # type: ignore[arg-type]
+
+
+# Placement
+
+
+def test_one_worker_for_each_gpu_and_no_more_than_are_useful() -> None:
+    resources = {"CPU": 64.0, "GPU": 8.0}
+    place = place_workers(resources, device="auto", workers=None, threads=None, useful=5)
+    assert (place.device, place.dtype, place.workers, place.num_gpus) == ("cuda", "bfloat16", 5, 1.0)
+    assert place_workers(resources, device="auto", workers=8, threads=None, useful=5).workers == 8
+
+
+def test_cpu_workers_have_one_thread_each_whatever_the_machine() -> None:
+    for cores in (2.0, 64.0):
+        place = place_workers({"CPU": cores}, device="auto", workers=None, threads=None, useful=2)
+        assert (place.device, place.dtype, place.workers, place.threads) == ("cpu", "float32", 2, 1)
+    assert place_workers({"CPU": 8.0}, device="cpu", workers=None, threads=4, useful=9).workers == 2
+
+
+@pytest.mark.parametrize(("device", "workers", "field"), [("cuda", None, "--device"), ("auto", 9, "--workers")])
+def test_more_than_the_cluster_has_is_refused(device: str, workers: int | None, field: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        place_workers({"CPU": 4.0}, device=device, workers=workers, threads=None, useful=9)
+    assert refused.value.field == field
+
+
+def test_a_plan_with_one_window_keeps_one_worker_busy() -> None:
+    assert useful_workers(make_plan(recipe(), {})) > 1
+    short = make_plan(recipe(shots=("star",)), {})
+    assert useful_workers(short) == max(short.count("window"), short.count("encode"))
+
+
+# Addresses
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.0.0.1:10001"])
+def test_loopback_needs_no_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert is_loopback(address)
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7:6379", "head.example.org:6379", "auto", "ray://192.168.1.4:10001"])
+def test_everything_else_does(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(SettingError, match="token"):
+        check_address(address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    check_address(address)
+
+
+def test_folders_of_killed_sessions_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setattr("cluster.session._temp_root", lambda: str(tmp_path))
+    for pid in (gone.pid, os.getpid()):
+        (tmp_path / f"lt-{pid}-abc").mkdir()
+    (tmp_path / "lt-notes").mkdir()
+    sweep_abandoned()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"lt-{os.getpid()}-abc", "lt-notes"])
+
+
+# Recipe
+
+
+def test_a_recipe_comes_back_from_the_store_with_the_same_plan(tmp_path: Path) -> None:
+    store, written = LocalStore(tmp_path), recipe(shots=("star",), strip=True, versions={"longtake": "1"})
+    written.put(store)
+    read = load_recipe(store)
+    assert read == written
+    assert make_plan(read, {}) == make_plan(written, {})
+
+
+def test_redo_generations_change_what_they_name_and_nothing_else() -> None:
+    before, after = make_plan(recipe(), {}), make_plan(recipe(), {"star/segment/0": 1})
+    kept = before.tasks.keys() & after.tasks.keys()
+    assert {task.shot_id for task in before.tasks.values() if task.id in kept} >= {"circle"}
+    assert not [
+        task for task in after.tasks.values() if task.id in kept and task.kind == "segment" and task.shot_id == "star"
+    ]
+
+
+def test_strip_leaves_the_recipe_out_of_the_film() -> None:
+    for strip in (False, True):
+        plan = make_plan(recipe(strip=strip), {})
+        assert (plan.tasks[plan.film_task_id].params["recipe"] is None) == strip
+
+
+def test_the_default_store_is_named_after_the_title_or_the_file() -> None:
+    assert default_store(recipe().spec, Path("x/film.yaml")) == "renders/two"
+    untitled = parse_spec(json.dumps({"shots": [{"duration": "1s", "prompt": "a"}]}))
+    assert default_store(untitled, Path("x/My Film!.yaml")) == "renders/my-film"
+
+
+def test_starting_over_forgets_everything_but_the_leases(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for path in (
+        "commits/a.json",
+        "journal/00000001-00000000.json",
+        "attempts/a/0001-1/x",
+        "lease/00000001.json",
+        "numerics.json",
+    ):
+        store.write_attempt(path, b"x")
+    forget(store)
+    assert [file.path for file in store.list()] == ["lease/00000001.json"]
+
+
+# Events and what is shown of them
+
+
+def test_a_follower_misses_nothing_and_hears_nothing_twice() -> None:
+    story = Story()
+    story.tell("one")
+    events, cursor = story.since(0)
+    story.tell("two")
+    assert [event["event"] for event in story.since(0)[0]] == ["one", "two"], "an answer that was lost"
+    assert [event["event"] for event in events] == ["one"]
+    assert [event["event"] for event in story.since(cursor)[0]] == ["two"]
+    assert story.since(cursor + 1) == ([], 2)
+
+
+def test_plain_lines_come_when_a_phase_is_done() -> None:
+    out = io.StringIO()
+    display = PlainDisplay(out)
+    summary = ProgressSummary(12.0, {"segment": PhaseProgress(total=4, done=1, running=2)}, {}, 90.0)
+    display.progress(summary)
+    display.progress(summary)
+    last = PhaseProgress(total=4, done=4, frames=360)
+    display.progress(replace(summary, elapsed_s=22.0, phases={"segment": last}))
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "12s: segments 1/4, 2 running; about 1m30s left",
+        "22s: segments 4/4, 36.0 frames/s; about 1m30s left",
+    ]
+
+
+def test_rates_are_those_of_the_phase_while_it_runs() -> None:
+    rates = Rates()
+    found = PhaseProgress(total=9, done=2, frames=200)
+    assert rates.of("encode", found, 1.0) is None
+    assert rates.of("encode", found, 50.0) is None, "committed before this run, and not running yet"
+    assert rates.of("encode", replace(found, running=1), 51.0) is None
+    assert rates.of("encode", replace(found, running=1, frames=300), 60.0) == 10.0
+    assert rates.of("encode", replace(found, frames=300), 90.0) == 10.0, "idle time does not count"
+
+
+def test_json_lines_are_events() -> None:
+    out = io.StringIO()
+    display = JsonDisplay(out)
+    display.event({"event": "started"})
+    display.progress(ProgressSummary(1.0))
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["started", "progress"]
+
+
+def test_failures_name_task_host_and_reason() -> None:
+    failed = {
+        "event": "failed",
+        "task": "t",
+        "label": "one/segment/3",
+        "host": "gpu7",
+        "kind": "transient",
+        "message": "no",
+    }
+    assert event_text(failed) == "one/segment/3 on gpu7: transient: no"
+    assert event_text({"event": "committed"}) is None
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7.6, "8s"), (185, "3m05s"), (7620, "2h07m")])
+def test_times_are_short(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_the_film_so_far_ends_at_the_first_gap() -> None:
+    plan = make_plan(recipe(), {})
+    film = plan.tasks[plan.film_task_id]
+    record = CommitRecord("x", 1, 1, (ArtifactFile("unit.mp4", "p", 1, "0"),), {})
+    have = {film.inputs[0]: record, film.inputs[2]: record}
+    assert units_so_far(film, have) == [(record, film.params["unit_frames"][0])]
+
+
+# Ray's errors
+
+
+def test_ray_errors_become_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import exceptions
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "n1", "Alive": True}, {"NodeID": "n2", "Alive": False}])
+    member = Member("w1", None, "n1")
+    assert not lost_worker(0.0, member, exceptions.ActorDiedError()).node_lost
+    assert lost_worker(0.0, Member("w1", None, "n2"), exceptions.ActorDiedError()).node_lost
+    assert lost_worker(0.0, member, exceptions.NodeDiedError("gone")).node_lost
+    assert "memory" in lost_worker(0.0, member, exceptions.OutOfMemoryError("oom")).reason
+
+
+def test_an_error_is_told_in_one_line() -> None:
+    assert first_line(ValueError("a\nb")) == "a"
+    assert first_line(ValueError()) == "ValueError"

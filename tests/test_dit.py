@@ -1,0 +1,248 @@
+"""The diffusion transformer: golden outputs, and what conditions, cache, text and training may assume of
+it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.config import BlockSparseConfig, DiTConfig
+from model.dit import DiT, rotary_table, rotate
+from model.errors import CheckpointError, InputError
+
+GOLDEN = Path(__file__).parent / "golden"
+ONE_FORWARD = 5e-6
+
+TINY = DiTConfig(hidden_size=32, depth=2, num_heads=2, caption_channels=8, adaln_tembed_dim=16)
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "cases.safetensors")
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "dit.safetensors")
+
+
+@pytest.fixture(scope="module")
+def dit(weights) -> DiT:
+    return build(weights)
+
+
+def build(weights: dict[str, torch.Tensor], attention: str = "dense", **changes: object) -> DiT:
+    config = dataclasses.replace(DiTConfig.from_json(GOLDEN / "dit_config.json"), **changes)
+    model = DiT(config, attention=attention).requires_grad_(False)
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def tiny_dit(seed: int = 0, **changes: object) -> DiT:
+    torch.manual_seed(seed)
+    return DiT(dataclasses.replace(TINY, **changes))
+
+
+def tiny_inputs(batch: int = 1, frames: int = 3, text_tokens: int = 5) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 16, frames, 4, 4, generator=generator)
+    text = torch.randn(batch, 1, text_tokens, 8, generator=generator)
+    return latents, torch.full((batch,), 500.0), text, torch.ones(batch, text_tokens, dtype=torch.long)
+
+
+def test_rotary_embedding_matches_golden(cases):
+    table = rotary_table(0, 5, 4, 6, 64, torch.device("cpu"))
+    assert (rotate(cases["rope.q"], table) - cases["rope.q_out"]).abs().max() < ONE_FORWARD
+    assert (rotate(cases["rope.k"], table) - cases["rope.k_out"]).abs().max() < ONE_FORWARD
+
+
+@pytest.mark.parametrize(
+    ("zero_pad", "wanted"), [(True, "dense.out"), (False, "dense.out_other_text_padding")]
+)
+def test_forward_matches_golden_in_both_text_paddings(cases, weights, zero_pad, wanted):
+    model = build(weights, text_tokens_zero_pad=zero_pad)
+    out = model(*(cases[f"dense.{name}"] for name in ("x", "t", "y", "mask")))
+    assert out.dtype == torch.float32
+    assert (out - cases[wanted]).abs().max() < ONE_FORWARD
+
+
+def test_conditions_in_the_sequence_match_golden(cases, dit):
+    text, mask = cases["dense.y"][:1], cases["dense.mask"][:1]
+    out = dit(cases["cond.x"], cases["cond.t"], text, mask, num_cond_latents=2)
+    assert (out - cases["cond.out"]).abs().max() < ONE_FORWARD
+
+
+def test_cache_of_one_serves_a_batch_of_two_and_matches_golden(cases, dit):
+    cache = dit.build_cond_cache(cases["kv.cond_x"])
+    for i in range(2):
+        assert (cache.keys[i] - cases[f"kv.k.{i}"]).abs().max() < ONE_FORWARD
+        assert (cache.values[i] - cases[f"kv.v.{i}"]).abs().max() < ONE_FORWARD
+    out = dit(cases["kv.x"], cases["kv.t"], cases["dense.y"], cases["dense.mask"], cond_cache=cache)
+    assert (out - cases["kv.out"]).abs().max() < ONE_FORWARD
+
+
+@pytest.mark.parametrize(("case", "num_cond"), [("model_bsa", 0), ("model_bsa_cond", 4)])
+def test_block_sparse_forward_matches_golden(cases, weights, case, num_cond):
+    model = build(weights, attention="block_sparse")
+    text, mask = cases["dense.y"][:1], cases["dense.mask"][:1]
+    out = model(cases["model_bsa.x"], cases[f"{case}.t"], text, mask, num_cond_latents=num_cond)
+    assert (out - cases[f"{case}.out"]).abs().max() < ONE_FORWARD
+
+
+@pytest.mark.parametrize("attention", ["dense", "block_sparse"])
+def test_cache_and_conditions_in_the_sequence_agree(cases, weights, attention):
+    model = build(weights, attention=attention)
+    x, text, mask = cases["model_bsa.x"], cases["dense.y"][:1], cases["dense.mask"][:1]
+    timestep = torch.tensor([[0.0] * 4 + [400.0] * 4])
+    whole = model(x, timestep, text, mask, num_cond_latents=4)
+    cache = model.build_cond_cache(x[:, :, :4])
+    out = model(x[:, :, 4:], torch.tensor([400.0]), text, mask, cond_cache=cache)
+    assert (out - whole[:, :, 4:]).abs().max() < ONE_FORWARD
+
+
+def test_conditions_see_neither_text_nor_noise():
+    model = tiny_dit()
+    latents, _, text, mask = tiny_inputs()
+    timestep = torch.tensor([[0.0, 700.0, 700.0]])
+    out = model(latents, timestep, text, mask, num_cond_latents=1)
+    other = latents.clone()
+    other[:, :, 1:] += 1
+    changed = model(other, timestep, text + 1, mask, num_cond_latents=1)
+    torch.testing.assert_close(changed[:, :, :1], out[:, :, :1], atol=1e-6, rtol=0)
+    assert (changed[:, :, 1:] - out[:, :, 1:]).abs().max() > 1e-3
+
+
+def test_noise_sees_conditions_and_text():
+    model = tiny_dit()
+    latents, _, text, mask = tiny_inputs()
+    timestep = torch.tensor([[0.0, 700.0, 700.0]])
+    out = model(latents, timestep, text, mask, num_cond_latents=1)[:, :, 1:]
+    other = latents.clone()
+    other[:, :, :1] += 1
+    assert (model(other, timestep, text, mask, num_cond_latents=1)[:, :, 1:] - out).abs().max() > 1e-4
+    assert (model(latents, timestep, text + 1, mask, num_cond_latents=1)[:, :, 1:] - out).abs().max() > 1e-4
+
+
+def test_padded_text_is_ignored_without_zero_padding_and_counts_with_it():
+    latents, timestep, text, mask = tiny_inputs(batch=2)
+    mask[0, 3:] = 0
+    other = text.clone()
+    other[0, :, 3:] += 5
+    for zero_pad in (True, False):
+        model = tiny_dit(text_tokens_zero_pad=zero_pad)
+        out = model(latents, timestep, text, mask)
+        torch.testing.assert_close(model(latents, timestep, other, mask), out, atol=1e-6, rtol=0)
+        short = model(latents[:1], timestep[:1], text[:1, :, :3], mask[:1, :3])
+        assert ((short - out[:1]).abs().max() < 1e-5) == (not zero_pad)
+
+
+def test_one_timestep_for_all_frames_equals_the_same_one_for_each():
+    model = tiny_dit()
+    latents, timestep, text, mask = tiny_inputs(batch=2)
+    each = model(latents, timestep[:, None].expand(2, 3), text, mask)
+    torch.testing.assert_close(model(latents, timestep, text, mask), each, atol=1e-6, rtol=0)
+
+
+def test_a_single_latent_frame_uses_dense_attention():
+    model = tiny_dit()
+    inputs = tiny_inputs(frames=1)
+    dense = model(*inputs)
+    model.attention = "block_sparse"
+    assert torch.equal(model(*inputs), dense)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = tiny_dit()
+    inputs = tiny_inputs()
+    gradients = []
+    for flag in (False, True):
+        model.gradient_checkpointing = flag
+        model.zero_grad()
+        model(*inputs).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradients_flow_through_block_sparse_attention():
+    chunk = (1, 1, 2)
+    model = tiny_dit(
+        bsa_params=BlockSparseConfig(sparsity=0.5, chunk_3d_shape_q=chunk, chunk_3d_shape_k=chunk)
+    )
+    model.attention = "block_sparse"
+    model(*tiny_inputs()).square().mean().backward()
+    assert model.get_parameter("blocks.0.attn.qkv.weight").grad.abs().min(dim=1).values.count_nonzero() > 90
+
+
+def test_training_works_after_an_inference_mode_call():
+    model = tiny_dit()
+    inputs = tiny_inputs(frames=2)
+    with torch.inference_mode():
+        model(*inputs)
+    model(*inputs).mean().backward()
+
+
+def test_start_weights_predict_zero_and_learn():
+    model = tiny_dit()
+    model.init_weights()
+    inputs = tiny_inputs()
+    assert model(*inputs).abs().max() == 0
+    target = torch.randn_like(inputs[0])
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = (model(*inputs) - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_runs_in_bfloat16_close_to_fp32(cases, weights):
+    model = build(weights).bfloat16()
+    out = model(*(cases[f"dense.{name}"] for name in ("x", "t", "y", "mask")))
+    assert out.dtype == torch.float32
+    error = (out - cases["dense.out"]).square().mean().sqrt()
+    assert 0 < error < 0.03 * cases["dense.out"].std()
+
+
+def test_official_size_builds_on_the_meta_device_without_buffers():
+    config = DiTConfig(hidden_size=4096, depth=48, num_heads=32, caption_channels=4096)
+    with torch.device("meta"):
+        model = DiT(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 13.5e9 < count < 13.7e9
+    assert config.ffn_dim == 11008
+    assert not list(model.buffers())
+
+
+def test_requests_that_do_not_fit_are_refused():
+    model = tiny_dit()
+    latents, timestep, text, mask = tiny_inputs()
+    with pytest.raises(InputError, match="3 channels"):
+        model(latents[:, :3], timestep, text, mask)
+    with pytest.raises(InputError, match="4x3"):
+        model(latents[..., :3], timestep, text, mask)
+    with pytest.raises(InputError, match="num_cond_latents: 4"):
+        model(latents, timestep, text, mask, num_cond_latents=4)
+    model.attention = "block_sparse"
+    with pytest.raises(InputError, match=r"\(3, 2, 2\).*does not divide"):
+        model(latents, timestep, text, mask)
+    with pytest.raises(InputError, match="does not fit"):
+        tiny_dit()(latents, timestep, text, mask, cond_cache=tiny_dit().build_cond_cache(latents[..., :2]))
+
+
+def test_configuration_ignores_unknown_keys_and_names_bad_ones():
+    values = TINY.to_json() | {"_class_name": "X", "enable_flashattn2": True}
+    assert DiTConfig.from_json(values) == TINY
+    del values["depth"]
+    values["num_heads"] = "two"
+    with pytest.raises(CheckpointError) as caught:
+        DiTConfig.from_json(values)
+    assert caught.value.problems == ["depth: missing, wanted int", "num_heads: 'two' is not int"]
+    with pytest.raises(CheckpointError, match="no multiple"):
+        dataclasses.replace(TINY, num_heads=3)

@@ -1,0 +1,52 @@
+"""What the compiler makes of the kernels, for cards that this machine need not have.
+
+All kernels, sizes and cards: `python -m kernels.compile_gate`. Here each kernel once, for the newest card.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+from kernels import compile_gate
+
+CASES = {case.name: case for case in compile_gate.cases()}
+NEWEST = [
+    "forward, fixed shift (tma)",
+    "backward dq (tma)",
+    "backward dk dv (tma)",
+    "choose blocks, top",
+    "norm_rope, index, means",
+    "add_gated_modulate",
+    "swiglu",
+    "quantise rows, fp8",
+    "int8 product (tma)",
+    "weight-only int8 (tma)",
+]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("name", NEWEST)
+def test_hopper_gets_wgmma_and_bulk_copies_without_spills(name):
+    assert compile_gate.compile_case(CASES[name], 90).faults(CASES[name], 90) == []
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    ("name", "capability"), [("forward, running maximum (pointers)", 80), ("weight-only int8 (pointers)", 89)]
+)
+def test_older_cards_compile_without_spills(name, capability):
+    assert compile_gate.compile_case(CASES[name], capability).faults(CASES[name], capability) == []
+
+
+def test_faults_are_found():
+    figures = compile_gate.Figures(registers=255, spills=8, shared_bytes=100 * 1024, wgmma=0, bulk_copies=0)
+    case = CASES["forward, fixed shift (tma)"]
+    assert len(figures.faults(case, 90)) == 3
+    assert len(figures.faults(case, 89)) == 3  # too much shared memory, and wgmma is not asked for
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_spills_are_read_off_the_binary():
+    case = CASES["add_gated_modulate"]
+    assert any("spills" in fault for fault in compile_gate.compile_case(case, 90, maxnreg=32).faults(case, 90))

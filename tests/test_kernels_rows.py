@@ -1,0 +1,153 @@
+"""norm_rope, modulate, swiglu and the quantised Linears without a GPU: what the public calls mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import bench
+from kernels.block_sparse_attention import api as bsa
+from kernels.linear import api as linear
+from kernels.linear import reference as linear_reference
+from kernels.modulate import api as modulate
+from kernels.norm_rope import api as norm_rope
+from kernels.swiglu import api as swiglu
+from model import dit as model
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_block_order_makes_each_block_a_run_of_tokens():
+    grid = (4, 8, 12)
+    order = bsa.block_order(grid)
+    assert torch.equal(order.sort().values, torch.arange(384))
+    t, h, w = order // 96, order % 96 // 12, order % 12
+    block = (h // 4 * 3 + w // 4) + 6 * (t // 4)
+    assert torch.equal(block, torch.arange(384) // 64)
+
+
+def test_attention_in_block_order_is_that_in_token_order():
+    grid = (4, 8, 8)
+    q, k, v = (seeded(2, 2, 256, 16, seed=s) for s in range(3))
+    order = bsa.block_order(grid)
+    wanted = bsa.block_sparse_attention(q, k, v, grid, grid, sparsity=0.5)
+    fused = torch.stack([x[:, :, order] for x in (q, k, v)]).permute(1, 3, 0, 2, 4).contiguous()
+    out = bsa.attend_in_block_order(*fused.permute(2, 0, 3, 1, 4), sparsity=0.5)
+    torch.testing.assert_close(out, wanted[:, :, order], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="do not divide"):
+        bsa.attend_in_block_order(q[:, :, 1:], k, v, sparsity=0.5)
+    with pytest.raises(ValueError, match="must be given"):
+        bsa.attend_in_block_order(q, k, v, sparsity=None)
+
+
+def test_norm_rope_is_the_models_norm_and_rotary_in_any_token_order():
+    grid, size = (2, 4, 8), 16
+    norm = model.HeadNorm(size)
+    with torch.no_grad():
+        norm.weight.copy_(1 + seeded(size) / 10)
+    x = seeded(2, 3, 64, size, seed=1)
+    angles = model.rotary_table(3, *grid, size, torch.device("cpu"))
+    wanted = model.rotate(norm(x), angles)
+    table = torch.view_as_real(angles)
+    out, means = norm_rope.norm_rope(x, norm.weight, table)
+    assert means is None
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=0)
+    order = bsa.block_order(grid, (2, 4, 4))
+    out, means = norm_rope.norm_rope(x[:, :, order], norm.weight, table, index=order, block=32)
+    torch.testing.assert_close(out, wanted[:, :, order], atol=2e-6, rtol=0)
+    torch.testing.assert_close(means, out.unflatten(2, (2, 32)).mean(3))
+    for bad in ({"block": 48}, {"index": order[:3]}):
+        with pytest.raises(ValueError):
+            norm_rope.norm_rope(x, norm.weight, table, **bad)
+
+
+def test_modulation_and_gated_residual_are_the_models_in_any_token_order():
+    x, update = seeded(2, 12, 8), seeded(2, 12, 8, seed=1)
+    gate, shift, scale = seeded(2, 3, 24, seed=2).chunk(3, dim=-1)
+    y = model.add_gated(x, gate, update)
+    wanted = model.modulate(y, shift, scale)
+    torch.testing.assert_close(modulate.add_gated(x, gate, update), y)
+    torch.testing.assert_close(modulate.modulate(y, shift, scale), wanted)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    out = modulate.add_gated_modulate(x[:, order], gate, update[:, order], shift, scale, index=order // 4)
+    torch.testing.assert_close(out, (y[:, order], wanted[:, order]))
+    with pytest.raises(ValueError, match="give an index"):
+        modulate.modulate(x[:, 1:], shift, scale)
+    with pytest.raises(ValueError, match="does not fit"):
+        modulate.modulate(x, shift[..., 1:], scale)
+
+
+def test_affine_layer_norm_is_modulation_by_one_row():
+    x, weight, bias = 3 + seeded(2, 5, 8), seeded(8, seed=1), seeded(8, seed=2)
+    out = modulate.modulate(x, bias.expand(2, 1, 8), weight.expand(2, 1, 8) - 1)
+    torch.testing.assert_close(out, F.layer_norm(x, (8,), weight, bias, 1e-6))
+
+
+def test_gradients_pass_through_the_public_calls():
+    x, gate, weight = (seeded(*s).double().requires_grad_() for s in ((1, 4, 6), (1, 2, 6), (6,)))
+
+    def steps(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y, out = modulate.add_gated_modulate(x, gate, x.flip(1), gate, gate.flip(1))
+        normed, _ = norm_rope.norm_rope(swiglu.swiglu(y, out)[:, None], weight, None)
+        return normed
+
+    assert torch.autograd.gradcheck(steps, (x, gate, weight))
+
+
+def test_swiglu_refuses_halves_that_differ():
+    with pytest.raises(ValueError, match="must agree"):
+        swiglu.swiglu(seeded(2, 3), seeded(2, 4))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "weight_only"])
+def test_quantised_linears_are_close_to_the_linear(kind):
+    x, weight, bias = seeded(2, 3, 64), seeded(48, 64, seed=1), seeded(48, seed=2)
+    quantised = linear.quantise_weight_fp8(weight) if kind == "fp8" else linear_reference.quantise_rows(weight)
+    call = {"int8": linear.linear_int8, "fp8": linear.linear_fp8, "weight_only": linear.linear_weight_only}[kind]
+    out, wanted = call(x, *quantised, bias), F.linear(x, weight, bias)
+    assert out.shape == wanted.shape
+    # fp8 has three bits of mantissa, int8 seven bits for each row.
+    assert (out - wanted).norm() / wanted.norm() < (0.05 if kind == "fp8" else 0.015)
+    with pytest.raises(ValueError, match="does not fit"):
+        call(x[..., 1:], *quantised, bias)
+
+
+def test_weight_only_expands_a_few_rows_at_a_time(monkeypatch):
+    x, (weight, scale) = seeded(5, 64), linear_reference.quantise_rows(seeded(48, 64, seed=1))
+    whole = linear.linear_weight_only(x, weight, scale)
+    monkeypatch.setattr(linear_reference, "_EXPANDED_BYTES", 7 * 64 * 4)
+    largest = []
+    plain = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: largest.append(w.shape[0]) or plain(x, w))
+    torch.testing.assert_close(linear.linear_weight_only(x, weight, scale), whole)
+    assert max(largest) == 7
+
+
+def test_int8_sums_are_exact_where_fp32_would_round():
+    x = (200 * seeded(8, 20_000)).round().clamp(-127, 127)
+    x[:, 0] = 127
+    weight = (200 * seeded(8, 20_000, seed=1)).round().clamp(-127, 127) + x
+    weight = weight.clamp(-127, 127).to(torch.int8)
+    out = linear.linear_int8(x, weight, torch.ones(8))
+    assert torch.equal(out, (x.double() @ weight.double().t()).float())
+
+
+def test_benchmark_gives_no_speed_to_an_inexact_kernel(capsys):
+    exact = seeded(64).double()
+    eager, wrong = exact.bfloat16(), exact.bfloat16() * 1.05
+    assert bench.compare(eager, eager, exact).admitted
+    assert not bench.compare(eager * float("nan"), eager, exact).admitted
+    accuracy = bench.compare(wrong, eager, exact)
+    row = bench.bandwidth_row("copying", accuracy, lambda: pytest.fail("was timed"), 1, 1.0)
+    assert row.result.startswith("refused")
+    assert row.met is False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
+def test_benchmark_says_that_it_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["kernels.bench"])
+    assert bench.main() == 2
+    assert "nothing was measured" in capsys.readouterr().err

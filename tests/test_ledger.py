@@ -1,0 +1,504 @@
+"""The ledger: leases, journal, commits that happen once, damage that is found, numerics, outages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import CorruptArtifact, LeaseLost, NumericsMismatch, SettingError, StoreError, WorkerLost
+from pipeline.journal import (
+    AttemptFailed,
+    AttemptStarted,
+    Invalidated,
+    JournalEntry,
+    NumericsMixed,
+    PartialSaved,
+    RedoRequested,
+    TaskLog,
+    TaskReset,
+    entry_from_json,
+    entry_to_json,
+)
+from pipeline.lease import Owner, beat_path
+from pipeline.ledger import Ledger, compare_numerics
+from pipeline.records import TornRecord, artifact_sha256, commit_to_json, seal, unseal
+from pipeline.store import LocalStore, open_store
+from pipeline.tasks import ArtifactFile, CommitRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    opened = open_store(tmp_path / "render")
+    assert isinstance(opened, LocalStore)
+    return opened
+
+
+def _ledger(store: LocalStore, host: str = "here", **options: Any) -> Ledger:
+    """A ledger of a host of its own, with the lease taken."""
+    ledger = Ledger(store, owner=Owner(host, 1), **options)
+    ledger.take_lease(watch_s=0)
+    return ledger
+
+
+def _begin(ledger: Ledger, task_id: str, attempt: int = 1) -> None:
+    ledger.journal([AttemptStarted(task_id, attempt, ledger.epoch, "w1", "n1")])
+
+
+def _produce(
+    ledger: Ledger,
+    task_id: str,
+    data: bytes = b"data",
+    inputs: tuple[CommitRecord, ...] = (),
+    attempt: int = 1,
+) -> CommitRecord:
+    """The record of an attempt whose file is in the store, not committed yet."""
+    path = f"attempts/{task_id}/{attempt:04d}-{ledger.epoch}/out.bin"
+    file = ledger.store.write_attempt(path, data)
+    digests = {record.task_id: artifact_sha256(record.files) for record in inputs}
+    return CommitRecord(task_id, attempt, ledger.epoch, (file,), digests)
+
+
+def _commit(ledger: Ledger, task_id: str, *inputs: CommitRecord, attempt: int = 1) -> CommitRecord:
+    _begin(ledger, task_id, attempt)
+    return ledger.commit(_produce(ledger, task_id, task_id.encode(), inputs, attempt))
+
+
+def _damage(store: LocalStore, path: str, change: Callable[[bytes], bytes]) -> None:
+    file = store.root / path
+    file.write_bytes(change(file.read_bytes()))
+
+
+def _flip(data: bytes) -> bytes:
+    return data[:3] + bytes([data[3] ^ 1]) + data[4:]
+
+
+def _cut(data: bytes) -> bytes:
+    return data[:-5]
+
+
+# Records
+
+
+@given(st.binary(max_size=40), st.data())
+def test_any_change_of_a_sealed_record_is_noticed(noise: bytes, data: st.DataObject) -> None:
+    sealed = seal({"task_id": "segment-1", "noise": noise.hex()})
+    place = data.draw(st.integers(0, len(sealed) - 1))
+    bit = data.draw(st.integers(0, 7))
+    flipped = sealed[:place] + bytes([sealed[place] ^ (1 << bit)]) + sealed[place + 1 :]
+    for changed in (flipped, sealed[:place], sealed + noise if noise else b""):
+        with pytest.raises(TornRecord):
+            unseal(changed)
+
+
+FILE = ArtifactFile("p.bin", "partials/segment-1/p.bin", 4, "0" * 64)
+ENTRIES: list[JournalEntry] = [
+    AttemptStarted("segment-1", 1, 2, "w1", "n1"),
+    AttemptFailed("segment-1", 1, 2, "transient", "why", "n1", "last lines"),
+    PartialSaved("segment-1", 1, 2, 8, FILE),
+    PartialSaved("segment-1", 1, 2, 0, None),
+    Invalidated("segment-1", 1, 2, "flipped"),
+    RedoRequested("a/segment/0", 1, "grey"),
+    TaskReset("segment-1"),
+    NumericsMixed(("torch: 1, now 2",)),
+]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: type(entry).__name__)
+def test_journal_entries_survive_the_store(entry: JournalEntry) -> None:
+    assert entry_from_json(unseal(seal(entry_to_json(entry)))) == entry
+
+
+# The lease
+
+
+def test_a_live_process_on_this_host_is_not_taken_over(store: LocalStore) -> None:
+    Ledger(store).take_lease()
+    with pytest.raises(SettingError, match="another render is writing here"):
+        Ledger(store).take_lease()
+
+
+def test_a_process_that_died_on_this_host_is_taken_over_at_once(store: LocalStore) -> None:
+    script = (
+        "import sys; from pipeline.store import open_store; from pipeline.ledger import Ledger\n"
+        "print(Ledger(open_store(sys.argv[1])).take_lease())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, store.url], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout == b"1\n"
+    slept: list[float] = []
+    assert Ledger(store, sleep=slept.append).take_lease() == 2
+    assert not slept
+
+
+def test_a_holder_elsewhere_is_live_only_if_its_heartbeat_moves(store: LocalStore) -> None:
+    first = _ledger(store, "there")
+
+    def beat(seconds: float) -> None:
+        first.renew_lease()
+
+    with pytest.raises(SettingError, match="there"):
+        Ledger(store, owner=Owner("here", 1), sleep=beat).take_lease(watch_s=5)
+    slept: list[float] = []
+    assert Ledger(store, owner=Owner("here", 1), sleep=slept.append).take_lease(watch_s=5) == 2
+    assert sum(slept) == 5
+    assert store.head(beat_path(1)) is not None
+
+
+def test_a_released_lease_is_taken_without_waiting(store: LocalStore) -> None:
+    _ledger(store, "there").release_lease()
+    slept: list[float] = []
+    assert Ledger(store, owner=Owner("here", 1), sleep=slept.append).take_lease() == 2
+    assert not slept
+
+
+def test_who_was_taken_over_can_neither_journal_nor_commit_nor_beat(store: LocalStore) -> None:
+    first = _ledger(store, "first")
+    _begin(first, "text-1")
+    record = _produce(first, "text-1")
+    _ledger(store, "second")
+    for write in (
+        lambda: first.commit(record),
+        lambda: first.journal([TaskReset("text-1")]),
+        first.renew_lease,
+        lambda: first.pin_numerics({}),
+    ):
+        with pytest.raises(LeaseLost, match="taken over"):
+            write()
+    assert Ledger(store).load().commits == {}
+
+
+def test_nothing_is_written_without_a_lease(store: LocalStore) -> None:
+    with pytest.raises(LeaseLost, match="no lease"):
+        Ledger(store).journal([TaskReset("text-1")])
+
+
+def test_a_store_that_overwrites_instead_of_creating_is_refused(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overwrite(path: str, data: bytes) -> bool:
+        store.put_replace(path, data)
+        return True
+
+    monkeypatch.setattr(store, "create_if_absent", overwrite)
+    with pytest.raises(SettingError, match="conditional writes"):
+        Ledger(store).take_lease()
+
+
+# The journal
+
+
+def test_a_new_ledger_rebuilds_everything_from_the_store(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    text = _commit(ledger, "text-1")
+    ledger.journal(
+        [
+            AttemptStarted("segment-1", 1, 1, "w1", "n1"),
+            PartialSaved("segment-1", 1, 1, 8, FILE),
+            AttemptFailed("segment-1", 1, 1, "transient", "hiccup", "n1"),
+            RedoRequested("a/segment/0", 2, "grey"),
+        ]
+    )
+    state = Ledger(store).load()
+    assert state.commits == {"text-1": text}
+    assert state.redo == {"a/segment/0": 2}
+    log = state.logs["segment-1"]
+    assert (log.attempts, log.transient, log.partial, log.open) == (1, 1, FILE, None)
+    assert log.last_failure is not None
+    assert log.last_failure.message == "hiccup"
+    assert not state.problems
+
+
+def test_the_journal_tells_the_story_in_order_across_epochs(store: LocalStore) -> None:
+    for _ in range(2):
+        ledger = _ledger(store)
+        for attempt in range(11):
+            _begin(ledger, "text-1", attempt)
+    story = [(entry.epoch, entry.attempt) for _, entry in Ledger(store).history()]  # type: ignore[union-attr]
+    assert story == [(epoch, attempt) for epoch in (1, 2) for attempt in range(11)]
+
+
+def test_a_torn_journal_file_is_reported_and_the_rest_is_read(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    _begin(ledger, "text-1")
+    _begin(ledger, "text-2")
+    _damage(store, "journal/00000001-00000001.json", _cut)
+    state = Ledger(store).load()
+    assert set(state.logs) == {"text-2"}
+    assert "journal/00000001-00000001.json" in state.problems[0]
+
+
+def test_attempts_of_which_nobody_wrote_the_end_stay_charged() -> None:
+    log = TaskLog()
+    for epoch in range(1, 4):
+        log.apply(AttemptStarted("segment-1", epoch, epoch, "w1", "n1"))
+    assert log.deaths == 3
+    log.apply(PartialSaved("segment-1", 3, 3, 8, FILE))
+    assert log.deaths == 0
+    log.apply(AttemptStarted("segment-1", 4, 4, "w1", "n1"))
+    log.apply(AttemptFailed("segment-1", 4, 4, "lost", "node gone", "n1"))
+    assert log.deaths == 0
+    assert log.transient == 0
+
+
+# Commits
+
+
+def test_a_commit_happens_once_and_the_first_record_stands(store: LocalStore) -> None:
+    ledger = _ledger(store, clock=lambda: 5.0)
+    first = _commit(ledger, "text-1")
+    assert first.committed_at_s == 5.0
+    assert ledger.commit(_produce(ledger, "text-1", b"text-1")) == first
+    assert Ledger(store).load().commits == {"text-1": first}
+
+
+def test_a_late_attempt_is_refused(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    _begin(ledger, "text-1", 1)
+    late = _produce(ledger, "text-1", attempt=1)
+    _begin(ledger, "text-1", 2)
+    with pytest.raises(WorkerLost, match="not the one under way"):
+        ledger.commit(late)
+    with pytest.raises(WorkerLost):
+        ledger.commit(_produce(ledger, "text-2"))
+    ledger.commit(_produce(ledger, "text-1", attempt=2))
+
+
+@pytest.mark.parametrize("damage", ["short", "gone"])
+def test_short_and_missing_files_are_not_committed(store: LocalStore, damage: str) -> None:
+    ledger = _ledger(store)
+    _begin(ledger, "text-1")
+    record = _produce(ledger, "text-1", b"twenty bytes or more.")
+    if damage == "short":
+        _damage(store, record.files[0].path, _cut)
+    else:
+        store.delete(record.files[0].path)
+    with pytest.raises(CorruptArtifact):
+        ledger.commit(record)
+    assert Ledger(store).load().commits == {}
+
+
+def test_a_commit_that_landed_while_its_driver_was_taken_over_is_kept(store: LocalStore) -> None:
+    first = _ledger(store, "first")
+    _begin(first, "text-1")
+    landed = _produce(first, "text-1")
+    second = _ledger(store, "second")
+    assert second.load().commits == {}
+    store.create_if_absent("commits/text-1.json", seal(commit_to_json(landed)))
+    _begin(second, "text-1", 2)
+    assert second.commit(_produce(second, "text-1", attempt=2)) == landed
+
+
+def test_a_standing_commit_on_other_inputs_is_replaced(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    text = _commit(ledger, "text-1")
+    stale = CommitRecord("segment-1", 1, 0, (), {"text-1": "0" * 64})
+    store.create_if_absent("commits/segment-1.json", seal(commit_to_json(stale)))
+    mine = _commit(ledger, "segment-1", text)
+    assert Ledger(store).load().commits["segment-1"] == mine
+
+
+# Damage
+
+
+def _film(ledger: Ledger) -> None:
+    """text-1 -> segment-1 -> (window-1, window-2); text-2 on its own."""
+    text = _commit(ledger, "text-1")
+    segment = _commit(ledger, "segment-1", text)
+    _commit(ledger, "window-1", segment)
+    _commit(ledger, "window-2", segment)
+    _commit(ledger, "text-2")
+
+
+@pytest.mark.parametrize("change", [_flip, _cut, lambda data: b""], ids=["flipped", "short", "empty"])
+def test_a_damaged_commit_record_takes_what_depends_on_it_along(
+    store: LocalStore, change: Callable[[bytes], bytes]
+) -> None:
+    _film(_ledger(store))
+    _damage(store, "commits/segment-1.json", change)
+    reader = Ledger(store).load()
+    assert set(reader.commits) == {"text-1", "text-2"}
+    assert {entry.task_id for entry in reader.broken} == {"segment-1", "window-1", "window-2"}
+    assert len(store.list("commits")) == 5, "reading changes nothing"
+    ledger = _ledger(store, "next")
+    state = ledger.load()
+    assert len(state.problems) == 3
+    segment = _commit(ledger, "segment-1", state.commits["text-1"])
+    again = Ledger(store).load()
+    assert set(again.commits) == {"text-1", "text-2", "segment-1"}
+    assert again.commits["segment-1"] == segment
+    assert not again.problems, "what was dealt with is not reported again"
+
+
+@pytest.mark.parametrize("change", [_flip, _cut], ids=["flipped", "short"])
+def test_verify_finds_damaged_bytes_and_applying_it_frees_them(
+    store: LocalStore, change: Callable[[bytes], bytes]
+) -> None:
+    ledger = _ledger(store)
+    _film(ledger)
+    clean = ledger.verify()
+    assert (clean.files, clean.problems, clean.invalid) == (5, (), ())
+    path = ledger.load().commits["segment-1"].files[0].path
+    _damage(store, path, change)
+    seen: list[tuple[int, int]] = []
+    found = ledger.verify(progress=lambda done, of: seen.append((done, of)))
+    assert seen[-1] == (5, 5)
+    assert [(problem.task_id, problem.path) for problem in found.problems] == [("segment-1", path)]
+    assert {entry.task_id for entry in found.invalid} == {"segment-1", "window-1", "window-2"}
+    assert set(ledger.load().commits) == {"text-1", "text-2", "segment-1", "window-1", "window-2"}
+    ledger.apply_verification(found)
+    assert set(Ledger(store).load().commits) == {"text-1", "text-2"}
+
+
+def test_verify_finds_a_missing_file(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    store.delete(_commit(ledger, "text-1").files[0].path)
+    assert [problem.what for problem in ledger.verify().problems] == ["the file is gone"]
+
+
+def test_what_a_driver_knows_to_be_bad_cannot_hurt_what_its_successor_committed(store: LocalStore) -> None:
+    """A driver is taken over between finding a record torn and writing that down, or right after."""
+    _film(_ledger(store, "first"))
+    _damage(store, "commits/segment-1.json", _cut)
+    overtaken = _ledger(store, "second")
+    overtaken.load()
+    successor = _ledger(store, "third")
+    state = successor.load()
+    _commit(successor, "segment-1", state.commits["text-1"])
+    with pytest.raises(LeaseLost):
+        overtaken.journal([Invalidated("segment-1", 1, 3, "too late")])
+    assert set(Ledger(store).load().commits) == {"text-1", "text-2", "segment-1"}
+
+
+def test_no_operation_of_the_ledger_deletes_anything(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "delete", None)
+    ledger = _ledger(store)
+    _film(ledger)
+    for generation in range(2, 5):
+        bad = ledger.load().commits["text-1"]
+        ledger.journal([Invalidated("text-1", bad.attempt, bad.epoch, "flipped")])
+        assert set(ledger.load().commits) == {"text-2"}
+        again = _commit(ledger, "text-1", attempt=generation)
+        assert Ledger(store).load().commits["text-1"] == again
+    assert [file.path for file in store.list("commits")][-2:] == ["commits/window-1.json", "commits/window-2.json"]
+    assert store.head("commits/text-1.4.json") is not None
+
+
+def test_a_commit_computed_from_other_bytes_than_those_committed_does_not_count(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    text = _commit(ledger, "text-1")
+    segment = _commit(ledger, "segment-1", text)
+    _commit(ledger, "window-1", segment)
+    ledger.journal([Invalidated("text-1", text.attempt, text.epoch, "flipped")])
+    _begin(ledger, "text-1", 2)
+    ledger.commit(_produce(ledger, "text-1", b"other bytes", attempt=2))
+    state = Ledger(store).load()
+    assert set(state.commits) == {"text-1"}
+    assert "computed from other bytes of text-1" in state.problems[0]
+
+
+# Numerics
+
+
+def test_numerics_are_pinned_once_and_differences_are_named(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    assert ledger.pin_numerics({"torch": "2.12.1", "threads": 2}) == ()
+    assert ledger.pin_numerics({"torch": "2.12.1", "threads": 2}) == ()
+    with pytest.raises(NumericsMismatch, match=r"threads: 2, now 4; torch: 2\.12\.1, now 2\.13\.0"):
+        ledger.pin_numerics({"torch": "2.13.0", "threads": 4})
+    allowed = ledger.pin_numerics({"torch": "2.12.1", "threads": 4}, allow_mixed=True)
+    assert allowed == ("threads: 2, now 4",)
+    assert Ledger(store).load().mixed == allowed
+    assert compare_numerics({"a": 1}, {"b": 2}) == ("a: 1, now nothing", "b: nothing, now 2")
+
+
+def test_a_damaged_numerics_record_is_not_taken_for_equal(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    ledger.pin_numerics({"torch": "2.12.1"})
+    _damage(store, "numerics.json", _flip)
+    with pytest.raises(NumericsMismatch, match="damaged"):
+        ledger.pin_numerics({"torch": "2.12.1"})
+
+
+# Outages
+
+
+class Outage:
+    """Makes a store's operation fail a number of times, before or after it took effect."""
+
+    def __init__(self, store: LocalStore, name: str, times: int, *, effect: bool) -> None:
+        self.original, self.times, self.effect = getattr(store, name), times, effect
+
+    def __call__(self, *arguments: Any) -> Any:
+        result = self.original(*arguments) if self.effect or not self.times else None
+        if self.times:
+            self.times -= 1
+            raise StoreError("503 slow down")
+        return result
+
+
+@pytest.mark.parametrize("effect", [False, True], ids=["unheard", "unanswered"])
+def test_outages_are_waited_out_and_told(store: LocalStore, monkeypatch: pytest.MonkeyPatch, effect: bool) -> None:
+    slept: list[float] = []
+    told: list[str] = []
+    ledger = _ledger(store, sleep=slept.append, on_wait=told.append)
+    _begin(ledger, "text-1")
+    record = _produce(ledger, "text-1")
+    monkeypatch.setattr(store, "create_if_absent", Outage(store, "create_if_absent", 3, effect=effect))
+    committed = ledger.commit(record)
+    assert committed.attempt == 1
+    assert slept == [1.0, 2.0, 4.0]
+    assert "503 slow down" in told[0]
+    assert Ledger(store).load().commits == {"text-1": committed}
+
+
+def test_leases_and_entries_that_nobody_confirmed_are_ours(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "create_if_absent", Outage(store, "create_if_absent", 1, effect=True))
+    ledger = _ledger(store, sleep=lambda seconds: None)
+    assert ledger.epoch == 1
+    monkeypatch.setattr(store, "create_if_absent", Outage(store, "create_if_absent", 1, effect=True))
+    _begin(ledger, "text-1")
+    assert set(Ledger(store).load().logs) == {"text-1"}
+
+
+def test_an_outage_beyond_all_patience_is_raised(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    ledger = _ledger(store, sleep=slept.append, outage_s=300.0)
+    monkeypatch.setattr(store, "create_if_absent", Outage(store, "create_if_absent", 999, effect=False))
+    with pytest.raises(StoreError):
+        _begin(ledger, "text-1")
+    assert 300 <= sum(slept) <= 400
+    assert max(slept) == 60
+
+
+# Size
+
+
+def test_a_film_of_ten_thousand_tasks_loads_in_seconds(store: LocalStore) -> None:
+    folder = store.root / "commits"
+    folder.mkdir(parents=True)
+    journal = store.root / "journal"
+    journal.mkdir()
+    before = ""
+    for number in range(10_000):
+        task_id = f"segment-{number:024d}"
+        file = ArtifactFile("s.bin", f"attempts/{task_id}/0001-1/s.bin", 4, "0" * 64)
+        inputs = {before: artifact_sha256((file,))} if before else {}
+        record = CommitRecord(task_id, 1, 1, (file,), inputs)
+        (folder / f"{task_id}.json").write_bytes(seal(commit_to_json(record)))
+        started = entry_to_json(AttemptStarted(task_id, 1, 1, "w1", "n1"))
+        name = f"00000001-{number:08d}.json"
+        (journal / name).write_bytes(seal({"at_s": 0.0, "entries": [started]}))
+        before = task_id
+    began_s = time.process_time()
+    state = Ledger(store).load()
+    assert len(state.commits) == len(state.logs) == 10_000
+    assert time.process_time() - began_s < 5

@@ -1,0 +1,340 @@
+"""Whole renders by the real command on a local cluster, with the tiny checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.cli import main
+from cluster.session import local_session
+from pipeline.media import AI_MARK, find_ffmpeg, read_recipe, read_tags, verify_video
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+LIMIT_S = 600.0
+FRAMES = 90
+
+
+def storyboard(checkpoint: Path) -> dict[str, Any]:
+    """Two shots: one of two segments, one that fades in; 7 s and 1 s at 30 fps."""
+    return {
+        "title": "Short",
+        "seed": 5,
+        "checkpoint": str(checkpoint),
+        "shots": [
+            {"id": "one", "duration": "60f", "prompt": "a red circle moves left"},
+            {"id": "two", "duration": "40f", "prompt": "a blue star", "transition": {"crossfade": "10f"}},
+        ],
+        "output": {"path": "out/short.mp4", "crf": 45},
+    }
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "cluster.cli", "render", *arguments]
+
+
+def environment(*arguments: str) -> dict[str, str]:
+    """Of the command: as a user has it, without the tests' token unless it is to join the tests' cluster."""
+    values = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    joins = "--address" in arguments
+    return {name: value for name, value in values.items() if joins or not name.startswith("RAY_AUTH")}
+
+
+@dataclass
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines() if line.startswith("{")]
+
+
+def render(folder: Path, *arguments: str) -> Done:
+    """Run `longtake render` in `folder` to its end."""
+    done = subprocess.run(
+        command(*arguments),
+        cwd=folder,
+        env=environment(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start `longtake render --json` in a session of its own."""
+    return subprocess.Popen(
+        command(*arguments, "--json"), cwd=folder, env=environment(*arguments), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Read the process's events until one is wanted."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        event: dict[str, Any] = json.loads(line)
+        if wanted(event):
+            return event
+    assert process.stderr is not None
+    raise AssertionError(f"the render ended before that: {process.stderr.read()}")
+
+
+def finish(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate(timeout=LIMIT_S)
+    return Done(process.returncode, out, err)
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def commits(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("renders/short/commits/*.json")}
+
+
+@dataclass
+class Film:
+    """A folder in which a film was rendered without any interruption."""
+
+    folder: Path
+    done: Done
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "out/short.mp4"
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Film:
+    folder = tmp_path_factory.mktemp("film")
+    (folder / "film.yaml").write_text(yaml.safe_dump(storyboard(tiny_checkpoint)))
+    done = render(folder, "film.yaml")
+    assert done.code == 0, done.err
+    return Film(folder, done)
+
+
+@pytest.fixture
+def other(tmp_path: Path, film: Film) -> Path:
+    """A fresh folder with the same storyboard."""
+    (tmp_path / "film.yaml").write_bytes((film.folder / "film.yaml").read_bytes())
+    return tmp_path
+
+
+def test_a_render_prints_where_the_film_is_and_nothing_else(film: Film) -> None:
+    assert film.done.out == "out/short.mp4\n"
+    assert "tasks to do" in film.done.err
+    assert "Traceback" not in film.done.err
+
+
+def test_the_film_is_frame_for_frame_as_planned(film: Film) -> None:
+    verify_video(film.path, frames=FRAMES, size_px=(64, 128), fps=Fraction(30), ffmpeg=find_ffmpeg())
+
+
+def test_the_film_carries_its_recipe_and_the_mark(film: Film) -> None:
+    recipe = json.loads(read_recipe(film.path, find_ffmpeg()))
+    assert recipe["spec"]["title"] == "Short"
+    assert read_tags(film.path, find_ffmpeg())["comment"] == AI_MARK
+
+
+def test_the_renders_folder_shows_the_film(film: Film) -> None:
+    store = film.folder / "renders/short"
+    assert (store / "contact_sheet.jpg").read_bytes()[:2] == b"\xff\xd8"
+    report = json.loads((store / "report.json").read_text())
+    assert report["state"] == "done"
+    assert report["film"]["sha256"] == digest(film.path) == digest(store / "films/film.mp4")
+
+
+def test_no_scratch_is_left_behind(film: Film) -> None:
+    assert not list(Path("/tmp").glob("lt-work-*"))
+
+
+def test_status_and_verify_need_the_store_alone(
+    film: Film, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(film.folder)
+    assert main(["status", "film.yaml", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["state"] == "finished"
+    assert status["committed"] == status["tasks"]
+    assert main(["verify", "renders/short"]) == 0
+    assert "all as recorded" in capsys.readouterr().out
+
+
+def test_running_again_redoes_nothing_and_gives_the_film_back(film: Film) -> None:
+    before, content = commits(film.folder), film.path.read_bytes()
+    film.path.unlink()
+    again = render(film.folder, "film.yaml", "--json")
+    assert again.code == 0, again.err
+    assert not {"dispatched", "worker_joined"} & {event["event"] for event in again.events}
+    assert again.events[-1]["path"] == "out/short.mp4"
+    assert commits(film.folder) == before
+    assert film.path.read_bytes() == content
+
+
+def test_a_film_renders_again_from_its_own_recipe(film: Film) -> None:
+    before = commits(film.folder)
+    again = render(film.folder, "out/short.mp4")
+    assert again.code == 0, again.err
+    assert commits(film.folder) == before
+
+
+def test_a_stopped_render_says_so_and_the_same_command_goes_on(other: Path, film: Film) -> None:
+    first = start(other, "film.yaml")
+    wait_for(first, lambda event: event["event"] == "dispatched" and "segment" in event["label"])
+
+    second = render(other, "film.yaml")
+    assert second.code == 2
+    assert "another render is writing here" in second.err
+
+    os.killpg(first.pid, signal.SIGTERM)
+    stopped = finish(first)
+    assert stopped.code == 75, stopped.err
+    assert "Traceback" not in stopped.err
+
+    mixed = render(other, "film.yaml", "--threads", "2")
+    assert mixed.code == 2
+    assert "threads" in mixed.err
+
+    rest = render(other, "film.yaml", "--json")
+    assert rest.code == 0, rest.err
+    assert digest(other / "out/short.mp4") == digest(film.path)
+
+
+def test_ctrl_c_exits_with_130(other: Path) -> None:
+    process = start(other, "film.yaml")
+    wait_for(process, lambda event: event["event"] == "started")
+    os.killpg(process.pid, signal.SIGINT)
+    stopped = finish(process)
+    assert stopped.code == 130, stopped.err
+    assert "Traceback" not in stopped.err
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A running cluster that commands can join."""
+    import ray
+
+    with local_session(2):
+        yield ray.get_runtime_context().gcs_address
+
+
+def test_stage_one_first_and_then_the_film_from_the_same_latents(other: Path, film: Film, address: str) -> None:
+    preview = render(other, "film.yaml", "--until", "stage-one", "--address", address)
+    assert preview.code == 0, preview.err
+    assert preview.out == "out/short.stage-one.mp4\n"
+    verify_video(other / "out/short.stage-one.mp4", frames=45, size_px=(32, 64), fps=Fraction(15), ffmpeg=find_ffmpeg())
+    assert not any(name.startswith("window") for name in commits(other))
+    rest = render(other, "film.yaml", "--address", address, "--json")
+    assert rest.code == 0, rest.err
+    labels = {event["label"] for event in rest.events if event["event"] == "dispatched"}
+    assert not any("segment" in label for label in labels)
+    assert digest(other / "out/short.mp4") == digest(film.path)
+
+
+def test_a_killed_worker_is_replaced_and_only_its_task_done_again(other: Path, film: Film) -> None:
+    process = start(other, "film.yaml", "--workers", "2")
+    pids: dict[str, int] = {}
+
+    def is_window(event: dict[str, Any]) -> bool:
+        if event["event"] == "worker_joined":
+            pids[event["worker"]] = event["process"]
+        return event["event"] == "dispatched" and "window" in event["label"]
+
+    order = wait_for(process, is_window)
+    os.kill(pids[order["worker"]], signal.SIGKILL)
+    lost = wait_for(process, lambda event: event["event"] == "worker_lost")
+    assert lost["worker"] == order["worker"]
+    done = finish(process)
+    assert done.code == 0, done.err
+    again = [event["task"] for event in done.events if event["event"] == "dispatched"]
+    assert order["task"] in again
+    assert digest(other / "out/short.mp4") == digest(film.path)
+
+
+def _end_of(process: subprocess.Popen[str]) -> None:
+    """Kill the command and all it started: an orchestrator that outlived it for a moment would go on committing."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(30)
+
+
+@pytest.mark.timeout(600)
+def test_killed_three_times_the_film_is_the_same_bit_for_bit(other: Path, film: Film) -> None:
+    moments: list[Callable[[dict[str, Any]], bool]] = [
+        lambda event: event["event"] == "dispatched" and "segment" in event["label"],
+        lambda event: event["event"] == "committed" and event["task"].startswith("window"),
+        lambda event: event["event"] == "dispatched" and event["label"] == "film",
+    ]
+    kept: dict[str, bytes] = {}
+    for moment in moments:
+        process = start(other, "film.yaml")
+        wait_for(process, moment)
+        _end_of(process)
+        now = commits(other)
+        assert kept.items() <= now.items(), "what was committed stays as it is"
+        kept = now
+    last = render(other, "film.yaml", "--json")
+    assert last.code == 0, last.err
+    redone = {event["task"] for event in last.events if event["event"] == "dispatched"}
+    assert not redone & {name.removesuffix(".json") for name in kept}
+    assert digest(other / "out/short.mp4") == digest(film.path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 120 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_fills_up_loses_nothing(other: Path, film: Film, small_disk: Path) -> None:
+    process = start(other, "film.yaml", "--store", str(small_disk / "short"))
+    wait_for(process, lambda event: event["event"] == "dispatched" and "segment" in event["label"])
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(65536))
+                file.flush()
+        except OSError:
+            pass
+    failed = finish(process)
+    assert failed.code == 1, failed.err
+    assert "no space left" in failed.err
+    assert "Traceback" not in failed.err
+    filler.unlink()
+    rest = render(other, "film.yaml", "--store", str(small_disk / "short"))
+    assert rest.code == 0, rest.err
+    assert digest(other / "out/short.mp4") == digest(film.path)

@@ -1,0 +1,179 @@
+"""Training: a few steps of each stage at toy sizes; an interrupted run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.checkpoint import load_dit, load_text, load_vae
+from model.lora import load_lora
+from model.train import adapters
+from model.train.dit import Generator, Shape, new_generator, sample, train_dit
+from model.train.films import Cache, build_cache
+from model.train.loop import Plan, Training, load_average, train
+from model.train.pack import write_dit, write_vae
+from model.train.vae import (
+    draw_batch,
+    new_vae,
+    psnr_db,
+    train_clips,
+    train_images,
+    with_measured_latents,
+)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return with_measured_latents(new_vae(4, 0), films=2).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def cache(vae, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("films")
+    build_cache(vae, folder, seed=3, clips=6, frames=21)
+    return folder
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return load_file(file)
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def test_a_new_vae_holds_the_last_frame_of_each_group() -> None:
+    vae = new_vae(4, 0)
+    video, _ = draw_batch(0, 1, 9, 32, 48, 15.0)
+    changed = video.clone()
+    changed[:, :, 1:4] = 0.0  # only frames 4 and 8 may matter, each being the last of its group
+    changed[:, :, 5:8] = 0.0
+    torch.testing.assert_close(vae.encode(video), vae.encode(changed))
+    decoded = vae.decode(vae.encode(video))
+    torch.testing.assert_close(decoded[:, :, 1:5], decoded[:, :, 4:5].expand(-1, -1, 4, -1, -1))
+
+
+def test_vae_training_lowers_the_error_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    short = Plan(steps=4, rate=1e-3, final_rate=1e-4, warmup_steps=1)
+    train_images(whole, short, 4, 1, quiet, measured=False)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train_images(
+                parted,
+                Plan(steps=4, rate=1e-3, final_rate=1e-4, warmup_steps=1, save_every=2),
+                4,
+                1,
+                quiet,
+                measured=False,
+            )
+    train_images(parted, short, 4, 1, quiet, measured=False)
+    assert_same_state(whole / "vae_images.safetensors", parted / "vae_images.safetensors")
+    vae = train_clips(whole, Plan(steps=1, rate=1e-4, final_rate=1e-4), 4, 1, quiet, measured=False)
+    assert not any(bool(p.isnan().any()) for p in vae.parameters())
+
+
+def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Saves happen after a step; the step after `steps` is interrupted."""
+    update = Training.update
+
+    def interrupted(self: Training, loss: torch.Tensor) -> float:
+        if self.step >= steps:
+            raise KeyboardInterrupt
+        return update(self, loss)
+
+    patch.setattr(Training, "update", interrupted)
+
+
+def test_dit_training_resumes_exactly_and_packs(
+    vae, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(clips=2, latent_frames=6)
+    settings = {"width": 64, "depth": 1, "seed": 5, "log": quiet}
+    run = Plan(steps=4, rate=1e-3, final_rate=1e-4, warmup_steps=1, save_every=2)
+    whole = train_dit(tmp_path, "whole", [cache], run, shape, **settings)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train_dit(tmp_path, "parted", [cache], run, shape, **settings)
+    train_dit(tmp_path, "parted", [cache], run, shape, **settings)
+    assert_same_state(tmp_path / "whole.safetensors", tmp_path / "parted.safetensors")
+
+    load_average(whole, tmp_path / "whole.safetensors")
+    write_vae(vae, tmp_path / "folder")
+    write_dit(whole, tmp_path / "folder")
+    dit = load_dit(tmp_path / "folder", device="cpu", dtype=torch.float32)
+    load_vae(tmp_path / "folder", device="cpu", dtype=torch.float32)
+    states, mask = load_text(tmp_path / "folder", device="cpu", dtype=torch.float32).encode(["a red circle"])
+    latents, at = torch.randn(1, 16, 3, 8, 12), torch.tensor([500.0])
+    own_states, own_mask = whole.prompter(["a red circle"])
+    valid = int(own_mask.sum())
+    torch.testing.assert_close(states[:, :, :valid], own_states, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        dit(latents, at, states, mask), whole.dit(latents, at, own_states, own_mask), atol=2e-2, rtol=2e-2
+    )
+
+
+def test_samples_keep_their_conditions(cache: Path) -> None:
+    generator = new_generator(64, 1, 0)
+    clean = Cache(cache).clip(0, 4).unsqueeze(0)
+    out = sample(generator, ["a red circle"], 6, seed=1, steps=2, conditions=clean)
+    assert torch.equal(out[:, :, :4], clean)
+    assert out.shape == (1, 16, 6, 8, 12)
+
+
+def awake(generator: Generator) -> Generator:
+    """With its gates open: at the very start they are shut, and nothing behind them would learn."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in generator.dit.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return generator
+
+
+def test_distillation_and_refinement_write_lora_files(vae, cache: Path, tmp_path: Path) -> None:
+    teacher, student, refiner = (awake(new_generator(64, 1, 2)) for _ in range(3))
+    run = Plan(steps=2, rate=1e-3, final_rate=1e-3, warmup_steps=1)
+    adapters.train_distilled(
+        tmp_path, student, teacher, Cache(cache), run, Shape(2, 6), guidance=3.0, jump=0.1, rank=4, seed=1, log=quiet
+    )
+    adapters.build_pairs(vae, tmp_path / "pairs", seed=1, clips=2, latent_frames=4)
+    adapters.train_refinement(tmp_path, refiner, [tmp_path / "pairs"], run, tokens=400, rank=4, seed=1, log=quiet)
+    for name in ("cfg_step_lora", "refinement_lora"):
+        lora = load_lora(tmp_path / "lora" / f"{name}.safetensors")
+        assert any(bool(up.any()) for layer in lora.layers.values() for up in layer.ups), name
+
+
+def test_refined_time_is_half_the_frame_number() -> None:
+    coarse = torch.arange(5.0).view(1, 5, 1, 1).expand(3, 5, 4, 6)
+    fine = adapters.on_half_grid(coarse, 11, (8, 12))
+    assert fine[0, :, 0, 0].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4, 4]
+
+
+def test_psnr_inside_a_mask_counts_only_the_mask() -> None:
+    a, b = torch.zeros(1, 3, 1, 2, 2), torch.zeros(1, 3, 1, 2, 2)
+    b[..., 0, 0] = 2.0
+    mask = torch.zeros(1, 1, 1, 2, 2)
+    mask[..., 0, 0] = 1.0
+    assert psnr_db(a, b, mask) == pytest.approx(0.0)
+    assert psnr_db(a, b) == pytest.approx(6.0206, abs=1e-3)
+
+
+def test_training_state_average_follows_the_weights() -> None:
+    layer = torch.nn.Linear(2, 1)
+    training = Training(layer, Plan(steps=3, rate=0.1, final_rate=0.1, warmup_steps=0))
+    start = layer.weight.detach().clone()
+    train(training, lambda step: layer(torch.ones(1, 2)).square().mean(), None, log=quiet)
+    moved, followed = (layer.weight - start).norm(), (training.average["weight"] - start).norm()
+    assert 0 < followed < moved
