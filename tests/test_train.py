@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from model.checkpoint import load_dit, load_text, load_vae
 from model.lora import load_lora
 from model.train import adapters
-from model.train.dit import Generator, Shape, new_generator, sample, train_dit
+from model.train.dit import Generator, Shape, Share, new_generator, sample, train_dit
 from model.train.films import Cache, build_cache
 from model.train.loop import Plan, Training, load_average, train
 from model.train.pack import write_dit, write_vae
@@ -99,15 +99,15 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
 def test_dit_training_resumes_exactly_and_packs(
     vae, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = Shape(clips=2, latent_frames=6)
+    mix = [Share(cache, Shape(clips=2, latent_frames=6)), Share(cache, Shape(clips=4, latent_frames=1))]
     settings = {"width": 64, "depth": 1, "seed": 5, "log": quiet}
     run = Plan(steps=4, rate=1e-3, final_rate=1e-4, warmup_steps=1, save_every=2)
-    whole = train_dit(tmp_path, "whole", [cache], run, shape, **settings)
+    whole = train_dit(tmp_path, "whole", mix, run, **settings)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
-            train_dit(tmp_path, "parted", [cache], run, shape, **settings)
-    train_dit(tmp_path, "parted", [cache], run, shape, **settings)
+            train_dit(tmp_path, "parted", mix, run, **settings)
+    train_dit(tmp_path, "parted", mix, run, **settings)
     assert_same_state(tmp_path / "whole.safetensors", tmp_path / "parted.safetensors")
 
     load_average(whole, tmp_path / "whole.safetensors")

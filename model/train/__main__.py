@@ -2,8 +2,8 @@
 
     vae        images, then clips; RUN/checkpoint/vae with measured latent statistics
     films      RUN/films_<frames>: encoded clips for the DiT
-    dit        the DiT and the text encoder on RUN/films_<frames>: first short clips, then whole segments
-               with `--start-from` the first state
+    dit        the DiT and the text encoder on a `--mix` of RUN/films_<frames>: mostly images first, then mostly
+               whole segments, with `--start-from` the first state (or a checkpoint folder)
     distill    the few-step LoRA
     pairs      RUN/pairs_<latent frames>: coarse and fine latents for refinement
     refine     the refinement LoRA
@@ -29,7 +29,7 @@ from model import world
 from model.checkpoint import load_vae
 from model.train import adapters, films
 from model.train import vae as vae_stage
-from model.train.dit import Generator, Shape, new_generator, sample, train_dit
+from model.train.dit import Generator, Shape, Share, new_generator, sample, train_dit
 from model.train.films import Cache
 from model.train.loop import Plan, load_average
 from model.train.pack import write_dit, write_scheduler, write_vae
@@ -69,10 +69,15 @@ def run_films(args: argparse.Namespace) -> None:
 
 
 def run_dit(args: argparse.Namespace) -> None:
-    shape = Shape(args.clips, (args.frames + 3) // 4)
-    caches = [args.folder / f"films_{args.frames}"]
+    mix = [Share(args.folder / f"films_{frames}", Shape(clips, (frames + 3) // 4), w) for frames, clips, w in args.mix]
     settings = {"width": args.width, "depth": args.depth, "seed": args.seed, "log": log}
-    train_dit(args.folder, args.state, caches, plan_of(args, 0.997), shape, start_from=args.start_from, **settings)
+    train_dit(args.folder, args.state, mix, plan_of(args, 0.997), start_from=args.start_from, **settings)
+
+
+def share(text: str) -> tuple[int, int, float]:
+    """FRAMES:CLIPS:WEIGHT of one part of the mix."""
+    frames, clips, weight = text.split(":")
+    return int(frames), int(clips), float(weight)
 
 
 def run_distill(args: argparse.Namespace) -> None:
@@ -164,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     stages = top.add_subparsers(dest="stage", required=True)
     defaults: dict[str, dict[str, float]] = {
         "vae": {"steps": 1100, "rate": 1.2e-3, "final_rate": 4e-5},
-        "dit": {"steps": 1600, "rate": 1.5e-3, "final_rate": 1e-4, "clips": 16},
+        "dit": {"steps": 1600, "rate": 1.5e-3, "final_rate": 1e-4},
         "distill": {"steps": 300, "rate": 1e-3, "final_rate": 1e-4, "clips": 6, "frames": 93},
         "refine": {"steps": 400, "rate": 1e-3, "final_rate": 1e-4},
         "decoder": {"steps": 600, "rate": 6e-4, "final_rate": 4e-5},
@@ -183,7 +188,8 @@ def parser() -> argparse.ArgumentParser:
         stage.add_argument("--clips", type=int, default=16, help="clips in a batch, or in a cache")
         stage.add_argument("--frames", type=int, default=33, help="frames of a coarse clip")
         stage.add_argument("--state", default="dit", help="name of the DiT's state")
-        stage.add_argument("--start-from", default=None, help="name of the state whose weights a new one takes")
+        stage.add_argument("--start-from", default=None, help="state or checkpoint folder that a new state starts from")
+        stage.add_argument("--mix", type=share, nargs="+", default=[(33, 16, 1.0)], metavar="FRAMES:CLIPS:WEIGHT")
         stage.add_argument("--width", type=int, default=256)
         stage.add_argument("--depth", type=int, default=6)
         stage.add_argument("--base-dim", type=int, default=16)

@@ -1,9 +1,10 @@
 """Training of the DiT and the text encoder on cached latents: flow matching over text, image and continuation
 tasks.
 
-x_s = (1-s) x0 + s noise; the network learns x0 - noise. A step has one task: 0, 1 or 4 clean condition
-latents, which get timestep 0 and a little noise, so that a later segment forgives what an earlier one got
-wrong. Prompts are dropped now and then, for guidance. Films that change do so right after the four
+x_s = (1-s) x0 + s noise; the network learns x0 - noise. A step takes clips of one length from a mix: single
+images and short clips teach outlines and colours for a fraction of what whole segments cost. It has one task: 0,
+1 or 4 clean condition latents, which get timestep 0 and a little noise, so that a later segment forgives what an
+earlier one got wrong. Prompts are dropped now and then, for guidance. Films that change do so right after the four
 condition latents and serve continuation alone, with the caption of what comes after.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model import world
+from model.checkpoint import load_dit
 from model.config import BlockSparseConfig, DiTConfig
 from model.dit import DiT
 from model.sampling import TextCondition, base_schedule, denoise
@@ -31,6 +33,7 @@ DROPPED_PROMPTS = 0.12
 CONDITION_NOISE = 0.12
 SKIPPED_PAIRS = 0.5  # films of two shapes are harder; fewer of them leave more for what has to work first
 SHIFT = 8.0
+SHAPE_WEIGHT = 6.0  # shapes cover a twelfth of a picture and are what a prompt is about
 
 
 class Generator(nn.Module):
@@ -63,27 +66,35 @@ def new_generator(width: int, depth: int, seed: int) -> Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents [B,16,T,H,W], how many lead as conditions, and a prompt for each clip."""
+    """Clean latents [B,16,T,H,W], how many lead as conditions, a prompt for each clip, and how much of each
+    latent's place shapes cover, [B,1,T,H,W] in [0,1].
+    """
 
     clean: Tensor
     num_cond: int
     prompts: list[str]
+    cover: Tensor
 
 
 def draw_batch(cache: Cache, rng: random.Random, clips: int, latent_frames: int) -> Batch:
     """A random task with clips that suit it."""
-    num_cond = rng.choices((0, 1, CONDITION_LATENTS), (0.5, 0.15, 0.35))[0]
-    clean: list[Tensor] = []
-    prompts: list[str] = []
-    while len(clean) < clips:
+    tasks = {0: 0.5, 1: 0.15, CONDITION_LATENTS: 0.35}
+    fitting = [n for n in tasks if n < latent_frames]
+    num_cond = rng.choices(fitting, [tasks[n] for n in fitting])[0]
+    chosen: list[int] = []
+    while len(chosen) < clips:
         index = rng.randrange(len(cache))
         if num_cond != CONDITION_LATENTS and not cache.steady(index):
             continue
         if len(cache.scenes[index][1].movers) > 1 and rng.random() < SKIPPED_PAIRS:
             continue
-        clean.append(cache.clip(index, latent_frames))
-        prompts.append(_worded(cache.scenes[index][1], rng))
-    return Batch(torch.stack(clean), num_cond, prompts)
+        chosen.append(index)
+    return Batch(
+        torch.stack([cache.clip(index, latent_frames) for index in chosen]),
+        num_cond,
+        [_worded(cache.scenes[index][1], rng) for index in chosen],
+        torch.stack([cache.cover(index, latent_frames) for index in chosen]),
+    )
 
 
 def _worded(scene: world.Scene, rng: random.Random) -> str:
@@ -92,7 +103,7 @@ def _worded(scene: world.Scene, rng: random.Random) -> str:
     return world.caption(scene, rng)
 
 
-def draw_sigmas(clips: int, generator: torch.Generator) -> Tensor:
+def draw_sigmas(clips: int, generator: torch.Generator, shift: float = SHIFT) -> Tensor:
     """[B] noise levels: even, three in four moved up as the sampler's schedule is.
 
     A few thousand numbers that all tell of one or two shapes can be read through much noise: where the
@@ -102,14 +113,24 @@ def draw_sigmas(clips: int, generator: torch.Generator) -> Tensor:
     even = (torch.arange(clips) + torch.rand(clips, generator=generator)) / clips
     even = even[torch.randperm(clips, generator=generator)].clamp(1e-3, 1 - 1e-3)
     moved = torch.rand(clips, generator=generator) < 0.75
-    return torch.where(moved, SHIFT * even / (1 + (SHIFT - 1) * even), even)
+    return torch.where(moved, shift * even / (1 + (shift - 1) * even), even)
+
+
+def shift_for(latent_frames: int) -> float:
+    """How far noise levels move up: by `SHIFT` for a whole segment of 24 latents, less for shorter clips, which
+    noise hides sooner.
+    """
+    return max(2.0, SHIFT * (latent_frames / 24) ** 0.4)
 
 
 def flow_loss(generator: Generator, batch: Batch, noise_source: torch.Generator) -> Tensor:
-    """Mean square error of the predicted x0 - noise over the noise frames."""
+    """Mean square error of the predicted x0 - noise over the noise frames, weighted towards the shapes where
+    little noise is left: with much of it, the weight would teach shapes where there are none.
+    """
     clean, n = batch.clean, batch.num_cond
     noise = torch.randn(clean.shape, generator=noise_source)
-    sigma = draw_sigmas(len(clean), noise_source).view(-1, 1, 1, 1, 1)
+    levels = draw_sigmas(len(clean), noise_source, shift_for(clean.shape[2]))
+    sigma = levels.view(-1, 1, 1, 1, 1)
     mixed = (1 - sigma) * clean + sigma * noise
     blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=noise_source)
     latents = torch.cat([clean[:, :, :n] + blur * noise[:, :, :n], mixed[:, :, n:]], 2)
@@ -118,23 +139,32 @@ def flow_loss(generator: Generator, batch: Batch, noise_source: torch.Generator)
     text, mask = generator.prompter(batch.prompts)
     with torch.autocast(clean.device.type, torch.bfloat16):
         out = generator.dit(latents, timesteps if n else timesteps[:, 0], text, mask, num_cond_latents=n)
-    return (out[:, :, n:] - (clean - noise)[:, :, n:]).square().mean()
+    weight = 1 + SHAPE_WEIGHT * (1 - sigma) * batch.cover[:, :, n:]
+    return (weight * (out[:, :, n:] - (clean - noise)[:, :, n:]).square()).mean()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a run trains on."""
+    """The clips of a step."""
 
     clips: int
     latent_frames: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of the mix that a run trains on: a cache of films, the clips of a step, how often it is drawn."""
+
+    films: Path
+    shape: Shape
+    weight: float = 1.0
+
+
 def train_dit(
     folder: Path,
     state: str,
-    caches: list[Path],
+    mix: list[Share],
     plan: Plan,
-    shape: Shape,
     *,
     width: int,
     depth: int,
@@ -142,26 +172,40 @@ def train_dit(
     start_from: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Generator:
-    """Train `state`.safetensors in `folder`, from another state's weights if it is new and `start_from` names
-    one.
+    """Train `state`.safetensors in `folder`; a new one takes the weights that `start_from` names: another state of
+    the folder, or a checkpoint folder.
     """
     generator = new_generator(width, depth, seed)
     file = folder / f"{state}.safetensors"
     if start_from is not None and not file.exists():
-        load_average(generator, folder / f"{start_from}.safetensors")
+        start(generator, folder, start_from)
     training = Training(generator, plan)
     if file.exists():
         training.load(file)
-    cache = Cache(*caches)
-    log(f"{len(cache)} clips, {sum(p.numel() for p in generator.dit.parameters()) / 1e6:.2f} M parameters in the DiT")
+    caches = [Cache(share.films) for share in mix]
+    millions = sum(p.numel() for p in generator.dit.parameters()) / 1e6
+    log(f"{', '.join(str(len(cache)) for cache in caches)} clips, {millions:.2f} M parameters in the DiT")
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(seed * 4_000_037 + step)
-        batch = draw_batch(cache, rng, shape.clips, shape.latent_frames)
+        index = rng.choices(range(len(mix)), [share.weight for share in mix])[0]
+        shape = mix[index].shape
+        batch = draw_batch(caches[index], rng, shape.clips, shape.latent_frames)
         return flow_loss(generator, batch, torch.Generator().manual_seed(seed * 4_000_037 + step))
 
     train(training, loss_of, file, log=log)
     return generator
+
+
+def start(generator: Generator, folder: Path, name: str) -> None:
+    """Take the averaged weights of the state `name` in `folder`, or those of the checkpoint folder `name`."""
+    if (Path(name) / "dit").is_dir():
+        dit = load_dit(Path(name), device="cpu", dtype=torch.float32)
+        generator.dit.load_state_dict(dit.state_dict())
+        encoder = type(generator.prompter.encoder).from_pretrained(Path(name) / "text_encoder", dtype=torch.float32)
+        generator.prompter.encoder.load_state_dict(encoder.state_dict())
+    else:
+        load_average(generator, folder / f"{name}.safetensors")
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """A cache of encoded films on disk, so that a DiT step is only the DiT.
 
-Shards of 256 clips: safetensors with `latents` [N,16,T,H,W] in half precision (normalised), and a JSON file
-with the scenes that captions are worded from. Clip i of a cache depends on the cache's seed and i alone, so
-a cache grows and resumes.
+Shards of 256 clips: safetensors with `latents` [N,16,T,H,W] in half precision (normalised) and `cover`
+[N,T,H,W], how much of a latent's place shapes cover, on 0..255; and a JSON file with the scenes that captions
+are worded from. Clip i of a cache depends on the cache's seed and i alone, so a cache grows and resumes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from model import world
 from model.vae import VAE
@@ -46,16 +47,24 @@ def build_cache(vae: VAE, folder: Path, seed: int, clips: int, frames: int, size
         shard = folder / f"{first:06d}.safetensors"
         if shard.exists():
             continue
-        latents, scenes = [], []
+        latents, covers, scenes = [], [], []
         for index in range(first, min(first + SHARD, clips)):
             film, start_s = clip_film(seed, index)
-            video, _ = world.render(film, world.frame_times(frames, FPS, start_s), *size)
+            video, mask = world.render(film, world.frame_times(frames, FPS, start_s), *size)
             latents.append(vae.encode(video.transpose(0, 1).unsqueeze(0))[0].half())
+            covers.append(latent_cover(mask))
             scenes.append([dataclasses.asdict(s) for s in (film.scene, film.after or film.scene)])
         shard.with_suffix(".json").write_text(json.dumps(scenes))
         part = shard.with_suffix(".part")
-        save_file({"latents": torch.stack(latents)}, part)
+        save_file({"latents": torch.stack(latents), "cover": torch.stack(covers)}, part)
         os.replace(part, shard)
+
+
+def latent_cover(mask: Tensor) -> Tensor:
+    """Masks of frames [F,h,w] in [0,1] -> [T,h/8,w/8] bytes: the mean over each latent's pixels and frames."""
+    places = F.avg_pool2d(mask, 8)
+    frames = [places[:1], *places[1:].split(4)]
+    return torch.stack([255.0 * group.mean(0) for group in frames]).round().to(torch.uint8)
 
 
 def _scene(values: dict[str, Any]) -> world.Scene:
@@ -67,7 +76,9 @@ class Cache:
 
     def __init__(self, *folders: Path) -> None:
         shards = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
-        self.latents = torch.cat([load_file(file)["latents"] for file in shards])
+        loaded = [load_file(file) for file in shards]
+        self.latents = torch.cat([tensors["latents"] for tensors in loaded])
+        self.covers = torch.cat([tensors["cover"] for tensors in loaded])
         scenes = [pair for file in shards for pair in json.loads(file.with_suffix(".json").read_text())]
         self.scenes = [(_scene(first), _scene(then)) for first, then in scenes]
 
@@ -77,6 +88,10 @@ class Cache:
     def clip(self, index: int, latent_frames: int) -> Tensor:
         """The clip's first latent frames [16,T,H,W]: a causal code, so this is the code of the shorter clip."""
         return self.latents[index, :, :latent_frames].float()
+
+    def cover(self, index: int, latent_frames: int) -> Tensor:
+        """How much of each latent's place shapes cover, [1,T,H,W] in [0,1]."""
+        return self.covers[index, :latent_frames].unsqueeze(0).float() / 255.0
 
     def steady(self, index: int) -> bool:
         """Whether the clip's film does not change."""
