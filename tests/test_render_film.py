@@ -101,6 +101,26 @@ def wait_for(process: subprocess.Popen[str], wanted: Callable[[dict[str, Any]], 
     raise AssertionError(f"the render ended before that: {process.stderr.read()}")
 
 
+@contextlib.contextmanager
+def held_at_a_segment(process: subprocess.Popen[str]) -> Iterator[None]:
+    """For as long as the block lasts, the render stands still in a segment: its workers are stopped."""
+    workers: list[int] = []
+
+    def is_segment(event: dict[str, Any]) -> bool:
+        if event["event"] == "worker_joined":
+            workers.append(event["process"])
+        return event["event"] == "dispatched" and "segment" in event["label"]
+
+    wait_for(process, is_segment)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+
+
 def finish(process: subprocess.Popen[str]) -> Done:
     out, err = process.communicate(timeout=LIMIT_S)
     return Done(process.returncode, out, err)
@@ -202,9 +222,8 @@ def test_a_film_renders_again_from_its_own_recipe(film: Film) -> None:
 
 def test_a_stopped_render_says_so_and_the_same_command_goes_on(other: Path, film: Film) -> None:
     first = start(other, "film.yaml")
-    wait_for(first, lambda event: event["event"] == "dispatched" and "segment" in event["label"])
-
-    second = render(other, "film.yaml")
+    with held_at_a_segment(first):
+        second = render(other, "film.yaml")
     assert second.code == 2
     assert "another render is writing here" in second.err
 
@@ -321,15 +340,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up_loses_nothing(other: Path, film: Film, small_disk: Path) -> None:
     process = start(other, "film.yaml", "--store", str(small_disk / "short"))
-    wait_for(process, lambda event: event["event"] == "dispatched" and "segment" in event["label"])
     filler = small_disk / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(65536))
-                file.flush()
-        except OSError:
-            pass
+    with held_at_a_segment(process), filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(65536))
     failed = finish(process)
     assert failed.code == 1, failed.err
     assert "no space left" in failed.err
