@@ -19,13 +19,15 @@ def make_actor(role: Role) -> Actor:
 
             return TextActor()
         case "chain":
-            from actors.chain import ChainActor
+            from actors.chain import run_segment
+            from actors.denoising import DenoisingActor
 
-            return ChainActor()
+            return DenoisingActor("segment", run_segment)
         case "refine":
-            from actors.refine import RefineActor
+            from actors.denoising import DenoisingActor
+            from actors.refine import run_window
 
-            return RefineActor()
+            return DenoisingActor("window", run_window)
         case "media":
             from actors.media import MediaActor
 

@@ -1,6 +1,4 @@
-"""The chain role: segments, each conditioned on the last frames of the one before. Also holds what the media
-role does.
-"""
+"""The chain role: segments, each conditioned on the last frames of the one before."""
 
 from __future__ import annotations
 
@@ -13,58 +11,17 @@ from torch import Tensor
 from actors.base import (
     ActorContext,
     Stopwatch,
-    mapped_errors,
-    merged_loras,
     order_inputs,
     produced,
-    scratch_folder,
     write_tensors,
 )
 from actors.denoising import StepWatch, load_saved, make_schedule
 from actors.frames import decode_range, gather_pieces, video_frames
-from actors.media import run_media
-from model.checkpoint import load_dit, load_vae
 from model.generate import Models, SegmentRequest, generate_segment
 from model.vae import VAE
-from pipeline.params import SegmentParams, WeightsParams, noise_seeds
+from pipeline.params import SegmentParams, noise_seeds
 from pipeline.quality import FrameGate
 from pipeline.tasks import Order, Produced
-
-
-def load_denoiser(context: ActorContext, weights: WeightsParams) -> Models:
-    """The DiT of a role with its LoRAs merged in, and the VAE."""
-    with scratch_folder(context) as scratch, mapped_errors():
-        dit = load_dit(
-            context.checkpoint_path,
-            device=context.device,
-            dtype=context.dtype,
-            loras=merged_loras(context, weights, scratch),
-            attention=weights["attention"],
-            role=context.role,
-        )
-        vae = load_vae(context.checkpoint_path, device=context.device, dtype=context.dtype)
-        return Models(dit, vae, torch.device(context.device), context.dtype)
-
-
-class ChainActor:
-    """Holds the chain's DiT and the VAE. Orders: `segment`, and `source`, `encode`, `film`."""
-
-    def setup(self, context: ActorContext) -> None:
-        self._context = context
-        self._models: Models | None = None
-        if context.weights is not None:
-            self._models = load_denoiser(context, context.weights)
-
-    def run(self, order: Order) -> Produced:
-        models = self._models
-        assert models is not None, "the chain role was set up without weights"
-        with mapped_errors(), scratch_folder(self._context) as scratch:
-            if order.task.kind == "segment":
-                return run_segment(self._context, models, order, scratch)
-            return run_media(self._context, models.vae, order, scratch)
-
-    def close(self) -> None:
-        self._models = None
 
 
 def run_segment(context: ActorContext, models: Models, order: Order, scratch: Path) -> Produced:

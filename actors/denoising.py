@@ -1,5 +1,4 @@
-"""Denoising that can be stopped, saved and gone on with: what an actor hangs into the model's loop after each
-step.
+"""The actor of the roles that denoise, and denoising that can be stopped, saved and gone on with.
 
 A saved state is one safetensors file below `partials/<task id>/` with `latents` (as the loop handed them out)
 and `step`, the number of steps done; going on from it gives the same bits as never having stopped.
@@ -8,13 +7,24 @@ and `step`, the number of steps done; going on from it gives the same bits as ne
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from actors.base import ActorContext, read_tensors, write_tensors
+from actors.base import (
+    ActorContext,
+    mapped_errors,
+    merged_loras,
+    read_tensors,
+    scratch_folder,
+    write_tensors,
+)
+from actors.media import run_media
+from model.checkpoint import load_dit, load_vae
+from model.generate import Models
 from model.sampling import (
     Schedule,
     base_schedule,
@@ -23,11 +33,53 @@ from model.sampling import (
     refinement_schedule,
 )
 from pipeline.errors import Interrupted
-from pipeline.params import ScheduleParams
-from pipeline.tasks import Order
+from pipeline.params import ScheduleParams, WeightsParams
+from pipeline.tasks import Order, Produced, TaskKind
 
 SAVE_EVERY_S = 30.0
 """A kill loses at most this much of a long denoising, and one step."""
+
+
+Compute = Callable[[ActorContext, Models, Order, Path], Produced]
+"""Runs one denoising order with the role's models; the path is a scratch folder."""
+
+
+class DenoisingActor:
+    """Holds a role's DiT and the VAE. Orders: `kind`, which `compute` runs, and what the media role does."""
+
+    def __init__(self, kind: TaskKind, compute: Compute) -> None:
+        self._kind, self._compute = kind, compute
+        self._models: Models | None = None
+
+    def setup(self, context: ActorContext) -> None:
+        self._context = context
+        self._models = None if context.weights is None else load_models(context, context.weights)
+
+    def run(self, order: Order) -> Produced:
+        models = self._models
+        assert models is not None, f"the {self._context.role} role was set up without weights"
+        with mapped_errors(), scratch_folder(self._context) as scratch:
+            if order.task.kind == self._kind:
+                return self._compute(self._context, models, order, scratch)
+            return run_media(self._context, models.vae, order, scratch)
+
+    def close(self) -> None:
+        self._models = None
+
+
+def load_models(context: ActorContext, weights: WeightsParams) -> Models:
+    """The DiT of a role with its LoRAs merged in, and the VAE."""
+    with scratch_folder(context) as scratch, mapped_errors():
+        dit = load_dit(
+            context.checkpoint_path,
+            device=context.device,
+            dtype=context.dtype,
+            loras=merged_loras(context, weights, scratch),
+            attention=weights["attention"],
+            role=context.role,
+        )
+        vae = load_vae(context.checkpoint_path, device=context.device, dtype=context.dtype)
+        return Models(dit, vae, torch.device(context.device), context.dtype)
 
 
 def make_schedule(params: ScheduleParams) -> Schedule:

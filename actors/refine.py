@@ -1,4 +1,4 @@
-"""The refine role: windows of stage-one frames to refined latents. Also holds what the media role does."""
+"""The refine role: windows of stage-one frames to refined latents."""
 
 from __future__ import annotations
 
@@ -11,40 +11,15 @@ from torch import Tensor
 from actors.base import (
     ActorContext,
     Stopwatch,
-    mapped_errors,
     order_inputs,
     produced,
-    scratch_folder,
     write_tensors,
 )
-from actors.chain import load_denoiser
 from actors.denoising import StepWatch, load_saved, make_schedule
 from actors.frames import decode_range, gather_pieces
-from actors.media import run_media
 from model.generate import Models, RefineRequest, refine_window
 from pipeline.params import WindowParams, noise_seeds, window_times
 from pipeline.tasks import Order, Produced
-
-
-class RefineActor:
-    """Holds the refinement DiT and the VAE. Orders: `window`, and `source`, `encode`, `film`."""
-
-    def setup(self, context: ActorContext) -> None:
-        self._context = context
-        self._models: Models | None = None
-        if context.weights is not None:
-            self._models = load_denoiser(context, context.weights)
-
-    def run(self, order: Order) -> Produced:
-        models = self._models
-        assert models is not None, "the refine role was set up without weights"
-        with mapped_errors(), scratch_folder(self._context) as scratch:
-            if order.task.kind == "window":
-                return run_window(self._context, models, order, scratch)
-            return run_media(self._context, models.vae, order, scratch)
-
-    def close(self) -> None:
-        self._models = None
 
 
 def run_window(context: ActorContext, models: Models, order: Order, scratch: Path) -> Produced:

@@ -15,18 +15,29 @@ from pipeline.facts import load_render_facts
 
 
 def convert_checkpoint(source: Path, target: Path, dtype: Literal["bf16", "int8"]) -> int:
-    """Write role-merged shards; the LoRAs of each role are those of the checkpoint's render.json."""
+    """Write one set of merged weights for each quality and for refinement."""
     from model.convert import convert
 
-    facts = load_render_facts(source)
-    chain = [(source / lora.file, lora.strength) for lora in facts.quality.draft.loras]
-    refine = [(source / lora.file, lora.strength) for lora in facts.refine.loras]
     try:
-        manifest = convert(source, target, role_loras={"chain": chain, "refine": refine}, dtype=dtype, progress=_show)
+        manifest = convert(source, target, role_loras=role_loras(source), dtype=dtype, progress=_show)
     except ModelError as error:
         raise CheckpointFault(str(error)) from error
     print(f"{target}: {len(manifest.files)} files")
     return 0
+
+
+def role_loras(folder: Path) -> dict[str, list[tuple[Path, float]]]:
+    """The LoRAs (file, strength) that the checkpoint's render.json names for `full`, `draft` and `refine`; of
+    equal lists the first alone. Whichever quality a storyboard asks for, its weights are there.
+    """
+    facts = load_render_facts(folder)
+    chosen = {"full": facts.quality.full.loras, "draft": facts.quality.draft.loras, "refine": facts.refine.loras}
+    roles: dict[str, list[tuple[Path, float]]] = {}
+    for role, loras in chosen.items():
+        files = [(folder / lora.file, lora.strength) for lora in loras]
+        if files not in roles.values():
+            roles[role] = files
+    return roles
 
 
 def verify_checkpoint(folder: Path) -> int:
