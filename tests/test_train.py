@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from model.checkpoint import load_dit, load_text, load_vae
 from model.lora import load_lora
 from model.train import adapters
-from model.train.dit import Generator, Shape, Share, new_generator, sample, train_dit
+from model.train.dit import Generator, Part, Shape, new_generator, sample, train_dit
 from model.train.films import Cache, build_cache
 from model.train.loop import Plan, Training, load_average, train
 from model.train.pack import write_dit, write_vae
@@ -23,6 +26,8 @@ from model.train.vae import (
     train_images,
     with_measured_latents,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def quiet(_: str) -> None:
@@ -99,7 +104,7 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
 def test_dit_training_resumes_exactly_and_packs(
     vae, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mix = [Share(cache, Shape(clips=2, latent_frames=6)), Share(cache, Shape(clips=4, latent_frames=1))]
+    mix = [Part(cache, Shape(clips=2, latent_frames=6)), Part(cache, Shape(clips=4, latent_frames=1))]
     settings = {"width": 64, "depth": 1, "seed": 5, "log": quiet}
     run = Plan(steps=4, rate=1e-3, final_rate=1e-4, warmup_steps=1, save_every=2)
     whole = train_dit(tmp_path, "whole", mix, run, **settings)
@@ -177,3 +182,43 @@ def test_training_state_average_follows_the_weights() -> None:
     train(training, lambda step: layer(torch.ones(1, 2)).square().mean(), None, log=quiet)
     moved, followed = (layer.weight - start).norm(), (training.average["weight"] - start).norm()
     assert 0 < followed < moved
+
+
+SHARED_STEPS = """
+import sys
+from pathlib import Path
+import torch
+from model.train.loop import Plan, Training, share, train
+
+if len(sys.argv) > 2:
+    torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
+training = Training(module, Plan(steps=3, rate=1e-2, final_rate=1e-2, warmup_steps=1))
+
+def loss_of_share(number):
+    return module(torch.randn(5, 6, generator=torch.Generator().manual_seed(number))).square().mean()
+
+def loss_of(step):
+    if len(sys.argv) > 2:
+        return loss_of_share(share(step))
+    return (loss_of_share(2 * step) + loss_of_share(2 * step + 1)) / 2
+
+train(training, loss_of, Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_train_as_one_with_both_their_batches(tmp_path: Path) -> None:
+    script = tmp_path / "shared_steps.py"
+    script.write_text(SHARED_STEPS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in (
+        [str(script), str(tmp_path / "one.safetensors")],
+        [*torchrun, str(script), str(tmp_path / "two.safetensors"), "shared"],
+    ):
+        subprocess.run([sys.executable, *command], check=True, env=environment, timeout=120, capture_output=True)
+    one, two = weights(tmp_path / "one.safetensors"), weights(tmp_path / "two.safetensors")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-3, rtol=1e-2)  # Muon's products are bf16

@@ -12,7 +12,8 @@
     sheet      RUN/sheets/*.png: samples to look at
 
 Every stage resumes from its state in RUN under the same command and stops after `--minutes`. A line each 50
-steps shows progress.
+steps shows progress. `torchrun --nproc-per-node N -m model.train ...` shares the steps of `dit`, `distill` and
+`refine` among N processes; `--mix` and `--clips` are then for each of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -29,16 +31,17 @@ from model import world
 from model.checkpoint import load_vae
 from model.train import adapters, films
 from model.train import vae as vae_stage
-from model.train.dit import Generator, Shape, Share, new_generator, sample, train_dit
+from model.train.dit import Generator, Part, Shape, new_generator, sample, train_dit
 from model.train.films import Cache
-from model.train.loop import Plan, load_average
+from model.train.loop import Plan, load_average, processes
 from model.train.pack import write_dit, write_scheduler, write_vae
 from model.train.sheet import write_sheet
 from model.vae import VAE
 
 
 def log(line: str) -> None:
-    print(datetime.datetime.now().strftime("%H:%M:%S"), line, flush=True)
+    if processes()[0] == 0:
+        print(datetime.datetime.now().strftime("%H:%M:%S"), line, flush=True)
 
 
 def plan_of(args: argparse.Namespace, average: float = 0.998) -> Plan:
@@ -69,12 +72,12 @@ def run_films(args: argparse.Namespace) -> None:
 
 
 def run_dit(args: argparse.Namespace) -> None:
-    mix = [Share(args.folder / f"films_{frames}", Shape(clips, (frames + 3) // 4), w) for frames, clips, w in args.mix]
+    mix = [Part(args.folder / f"films_{frames}", Shape(clips, (frames + 3) // 4), w) for frames, clips, w in args.mix]
     settings = {"width": args.width, "depth": args.depth, "seed": args.seed, "log": log}
     train_dit(args.folder, args.state, mix, plan_of(args, 0.997), start_from=args.start_from, **settings)
 
 
-def share(text: str) -> tuple[int, int, float]:
+def part_of_mix(text: str) -> tuple[int, int, float]:
     """FRAMES:CLIPS:WEIGHT of one part of the mix."""
     frames, clips, weight = text.split(":")
     return int(frames), int(clips), float(weight)
@@ -189,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
         stage.add_argument("--frames", type=int, default=33, help="frames of a coarse clip")
         stage.add_argument("--state", default="dit", help="name of the DiT's state")
         stage.add_argument("--start-from", default=None, help="state or checkpoint folder that a new state starts from")
-        stage.add_argument("--mix", type=share, nargs="+", default=[(33, 16, 1.0)], metavar="FRAMES:CLIPS:WEIGHT")
+        stage.add_argument("--mix", type=part_of_mix, nargs="+", default=[(33, 16, 1.0)], metavar="FRAMES:CLIPS:WEIGHT")
         stage.add_argument("--width", type=int, default=256)
         stage.add_argument("--depth", type=int, default=6)
         stage.add_argument("--base-dim", type=int, default=16)
@@ -208,6 +211,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.distributed.init_process_group("gloo")
     STAGES[args.stage](args)
 
 

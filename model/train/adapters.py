@@ -25,7 +25,7 @@ from model.lora import attach_trainable_lora, save_lora
 from model.sampling import cfg_zero
 from model.train.dit import CONDITION_NOISE, SHIFT, Batch, Generator, Shape, draw_batch, draw_sigmas
 from model.train.films import FPS, Cache, clip_film
-from model.train.loop import Plan, Training, averaged, train
+from model.train.loop import Plan, Training, averaged, processes, share, train
 from model.vae import VAE
 
 LAYERS = (
@@ -131,10 +131,10 @@ def train_distilled(
         training.load(state)
 
     def loss_of(step: int) -> Tensor:
-        rng = random.Random(seed * 6_000_011 + step)
+        rng = random.Random(seed * 6_000_011 + share(step))
         batch = draw_batch(cache, rng, shape.clips, shape.latent_frames)
         return distill_loss(
-            student, teacher, batch, guidance, torch.Generator().manual_seed(seed * 6_000_011 + step), jump
+            student, teacher, batch, guidance, torch.Generator().manual_seed(seed * 6_000_011 + share(step)), jump
         )
 
     train(training, loss_of, state, log=log)
@@ -142,7 +142,9 @@ def train_distilled(
 
 
 def write_lora(training: Training, dit: nn.Module, file: Path) -> None:
-    """The averaged adapters as a LoRA file in half precision."""
+    """The averaged adapters as a LoRA file in half precision. The first process writes."""
+    if processes()[0]:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with averaged(training):
         save_lora(dit, file, torch.float16)
@@ -249,13 +251,13 @@ def train_refinement(
     sets = [Pairs.load(pair) for pair in pairs]
 
     def loss_of(step: int) -> Tensor:
-        rng = random.Random(seed * 7_000_003 + step)
-        chosen = rng.choice(sets)
+        rng = random.Random(seed * 7_000_003 + share(step))
+        chosen = random.Random(seed * 7_000_003 + step).choice(sets)
         frames, rows, columns = chosen.fine.shape[2:]
         clips = max(1, tokens // (frames * rows * columns // 4))
         index = torch.tensor([rng.randrange(len(chosen.fine)) for _ in range(clips)])
         num_cond = rng.choices((0, 4, 8), (0.7, 0.1, 0.2))[0] if frames > 8 else 0
-        source = torch.Generator().manual_seed(seed * 7_000_003 + step)
+        source = torch.Generator().manual_seed(seed * 7_000_003 + share(step))
         return refine_loss(generator, chosen.rough[index].float(), chosen.fine[index].float(), num_cond, source)
 
     train(training, loss_of, state, log=log)

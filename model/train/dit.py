@@ -25,7 +25,7 @@ from model.dit import DiT
 from model.sampling import TextCondition, base_schedule, denoise
 from model.text import NEGATIVE_PROMPT
 from model.train.films import Cache
-from model.train.loop import Plan, Training, load_average, train
+from model.train.loop import Plan, Training, load_average, share, train
 from model.train.text import WIDTH, Prompter, new_prompter
 
 CONDITION_LATENTS = 4
@@ -152,7 +152,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Share:
+class Part:
     """A part of the mix that a run trains on: a cache of films, the clips of a step, how often it is drawn."""
 
     films: Path
@@ -163,7 +163,7 @@ class Share:
 def train_dit(
     folder: Path,
     state: str,
-    mix: list[Share],
+    mix: list[Part],
     plan: Plan,
     *,
     width: int,
@@ -182,16 +182,16 @@ def train_dit(
     training = Training(generator, plan)
     if file.exists():
         training.load(file)
-    caches = [Cache(share.films) for share in mix]
+    caches = [Cache(part.films) for part in mix]
     millions = sum(p.numel() for p in generator.dit.parameters()) / 1e6
     log(f"{', '.join(str(len(cache)) for cache in caches)} clips, {millions:.2f} M parameters in the DiT")
 
     def loss_of(step: int) -> Tensor:
-        rng = random.Random(seed * 4_000_037 + step)
-        index = rng.choices(range(len(mix)), [share.weight for share in mix])[0]
-        shape = mix[index].shape
-        batch = draw_batch(caches[index], rng, shape.clips, shape.latent_frames)
-        return flow_loss(generator, batch, torch.Generator().manual_seed(seed * 4_000_037 + step))
+        # All processes take clips of the same length, so that none waits for another.
+        index = random.Random(seed * 5_000_011 + step).choices(range(len(mix)), [part.weight for part in mix])[0]
+        shape, own_seed = mix[index].shape, seed * 4_000_037 + share(step)
+        batch = draw_batch(caches[index], random.Random(own_seed), shape.clips, shape.latent_frames)
+        return flow_loss(generator, batch, torch.Generator().manual_seed(own_seed))
 
     train(training, loss_of, file, log=log)
     return generator

@@ -1,6 +1,9 @@
 """One training loop for every stage: Muon and Adam, warm-up and cosine, a moving average of the weights,
 states that resume.
 
+Under `torchrun` every process takes part of each step: a loss function draws the clips of its `share()`, the
+gradients are averaged and Muon's matrices are dealt out. The first process writes and speaks.
+
 A state is a safetensors file: weights, their moving average, the optimiser's moments and the step. The loop
 itself holds no random state; a loss function draws its batch from the step number, which makes a resumed
 run equal to an uninterrupted one.
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,6 +47,25 @@ class Plan:
         return warm * (self.final_rate + (self.rate - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def processes() -> tuple[int, int]:
+    """Which of how many processes this is: (0, 1) without `torchrun`."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(step: int) -> int:
+    """A number of its own for each process and step, to draw from."""
+    rank, count = processes()
+    return step * count + rank
+
+
+def _sum_over_processes(tensors: list[Tensor], divide_by: int = 1) -> None:
+    """Replace tensors by their sum over all processes, divided; one message for all of them."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, flat.div_(divide_by).split([t.numel() for t in tensors]), strict=True):
+        t.copy_(total.view_as(t))
+
+
 def orthogonal(matrix: Tensor) -> Tensor:
     """Nearly the orthogonal factor of [m,n]: five Newton-Schulz steps with the coefficients published with
     Muon (K. Jordan).
@@ -67,16 +90,19 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        rank, count = processes()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                momentum = state.setdefault("exp_avg", torch.zeros_like(p))
+            params = [p for p in group["params"] if p.grad is not None]
+            updates = [torch.zeros_like(p) for p in params]
+            for place, (p, update) in enumerate(zip(params, updates, strict=True)):
+                momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                blended = p.grad.lerp(momentum, group["momentum"]).flatten(1)
-                update = orthogonal(blended) * (0.2 * max(blended.shape) ** 0.5)
-                p.add_(update.view_as(p), alpha=-group["lr"])
+                if place % count == rank:
+                    blended = p.grad.lerp(momentum, group["momentum"]).flatten(1)
+                    update.copy_((orthogonal(blended) * (0.2 * max(blended.shape) ** 0.5)).view_as(p))
+            if count > 1:
+                _sum_over_processes(updates)
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
 def _is_inner_matrix(name: str, weight: Tensor) -> bool:
@@ -108,6 +134,9 @@ class Training:
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        count = processes()[1]
+        if count > 1:
+            _sum_over_processes([p.grad for p in self.weights.values() if p.grad is not None], divide_by=count)
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.values(), self.plan.clip))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
@@ -125,7 +154,9 @@ class Training:
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.weights.values()], 1 - keep)
 
     def save(self, file: Path) -> None:
-        """Write the state under a temporary name, then move it into place."""
+        """Write the state under a temporary name, then move it into place. The first process does."""
+        if processes()[0]:
+            return
         tensors = {"step": torch.tensor(self.step)}
         for name, p in self.weights.items():
             tensors["weight." + name] = p.detach()
@@ -186,6 +217,14 @@ class averaged:
             p.copy_(self.kept[name])
 
 
+def _over(started: float, minutes: float) -> bool:
+    """Whether the time is up, the same answer in every process."""
+    late = torch.tensor(float(time.monotonic() - started >= 60 * minutes))
+    if dist.is_initialized():
+        dist.broadcast(late, 0)
+    return bool(late)
+
+
 def train(
     training: Training,
     loss_of: Callable[[int], Tensor],
@@ -199,11 +238,11 @@ def train(
     """
     plan = training.plan
     started, shown, losses = time.monotonic(), time.monotonic(), []
-    while training.step < plan.steps and time.monotonic() - started < 60 * plan.minutes:
+    while training.step < plan.steps and not _over(started, plan.minutes):
         loss = loss_of(training.step)
         norm = training.update(loss)
         losses.append(float(loss.detach()))
-        if training.step % 50 == 0:
+        if training.step % 50 == 0 and processes()[0] == 0:
             each_s = (time.monotonic() - shown) / len(losses)
             log(
                 f"step {training.step}/{plan.steps} loss {sum(losses) / len(losses):.4f} norm {norm:.2f} "
