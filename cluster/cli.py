@@ -51,12 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_render(commands)
     _add_status(commands)
+    _add_logs(commands)
+    _add_requests(commands)
     _add_verify(commands)
     _add_inspect(commands)
     schema = commands.add_parser("schema", help="print the JSON schema of a storyboard")
     schema.set_defaults(command=_schema)
     _add_doctor(commands)
     _add_checkpoint(commands)
+    _add_evaluate(commands)
     return parser
 
 
@@ -128,6 +131,24 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=_status)
 
 
+def _add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("logs", help="what was tried for each task, where, and the workers' full logs")
+    _add_place(parser)
+    parser.add_argument("task", nargs="?", default=None, metavar="TASK", help="a task's id or label: its full logs")
+    parser.set_defaults(command=_logs)
+
+
+def _add_requests(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name, command, text in (
+        ("pause", _pause, "have a running render save its work and stop"),
+        ("cancel", _cancel, "stop a render at once; what is committed is kept"),
+        ("retry", _retry, "give failed tasks a new budget"),
+    ):
+        parser = commands.add_parser(name, help=text)
+        _add_place(parser)
+        parser.set_defaults(command=command)
+
+
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("verify", help="check every committed byte of a render")
     _add_place(parser)
@@ -166,6 +187,24 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     pull.set_defaults(command=_checkpoint_pull)
 
 
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("evaluate", help="measure what a checkpoint of the drawn world draws")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default="pocket", help="checkpoint folder (default: %(default)s)")
+    add("--clips", type=_positive, default=64, metavar="N", help="films of each kind (default: %(default)s, all)")
+    add("--chains", type=_count, default=4, metavar="N", help="long chains (default: %(default)s; 0: none)")
+    add("--minutes", type=float, default=5.0, metavar="M", help="length of a chain (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=None, metavar="FOLDER", help="where sheets and JSON go")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
+    add("--json", action="store_true", help="machine-readable output on stdout")
+    parser.set_defaults(command=_evaluate)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _plan(options: argparse.Namespace) -> int:
     from cluster.show import print_plan
 
@@ -197,6 +236,30 @@ def _status(options: argparse.Namespace) -> int:
     from cluster.show import print_status
 
     return print_status(options.place, options.store, as_json=options.json)
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from cluster.logs import print_logs
+
+    return print_logs(options.place, options.store, options.task, as_json=options.json)
+
+
+def _pause(options: argparse.Namespace) -> int:
+    from cluster.ask import print_pause
+
+    return print_pause(options.place, options.store, as_json=options.json)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from cluster.ask import print_cancel
+
+    return print_cancel(options.place, options.store, as_json=options.json)
+
+
+def _retry(options: argparse.Namespace) -> int:
+    from cluster.ask import print_retry
+
+    return print_retry(options.place, options.store, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -242,6 +305,21 @@ def _checkpoint_pull(options: argparse.Namespace) -> int:
     from cluster.checkpoints import pull_checkpoint
 
     return pull_checkpoint(options.name, options.to)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from cluster.evaluate import print_evaluation
+
+    return print_evaluation(
+        options.checkpoint,
+        clips=options.clips,
+        chains=options.chains,
+        minutes=options.minutes,
+        seed=options.seed,
+        out=options.out,
+        device=options.device,
+        as_json=options.json,
+    )
 
 
 if __name__ == "__main__":

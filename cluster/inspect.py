@@ -7,8 +7,8 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+from cluster.places import open_render
 from cluster.recipe import load_recipe, make_plan
-from cluster.show import open_render
 from pipeline.errors import SettingError
 from pipeline.inspection import Inspection, Known, Shot, TaskTiming, inspect_film
 from pipeline.inspection_files import write_inspection
@@ -38,7 +38,7 @@ def print_inspection(place: str, store: str | None, out: Path | None, *, as_json
 
 def _inspect_render(store: Store) -> Inspection:
     recipe, state = load_recipe(store), Ledger(store).load()
-    plan = make_plan(recipe, state.redo)
+    plan = make_plan(recipe, state.overrides)
     film = state.commits.get(plan.film_task_id)
     if film is None:
         remedy = "Let the render finish, or inspect its film_so_far."

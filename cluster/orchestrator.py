@@ -22,7 +22,7 @@ from ray import exceptions as ray_errors
 
 from cluster.crash import record_crash
 from cluster.job import Failed, Greeting, News, Outcome, RenderJob
-from cluster.publish import FILMS_FOLDER, Publisher
+from cluster.publish import Publisher
 from cluster.recipe import make_plan
 from cluster.worker import SIDE_GROUP, worker_class
 from pipeline import events as ev
@@ -33,7 +33,9 @@ from pipeline.machine import Machine
 from pipeline.params import WeightsParams
 from pipeline.plan import Plan
 from pipeline.report import RenderState
-from pipeline.store import Store, open_store
+from pipeline.requests import Request, mark_taken, new_requests
+from pipeline.store import open_store
+from pipeline.story import log_path
 from pipeline.tasks import CommitRecord, Order, Produced, Role
 
 T = TypeVar("T")
@@ -42,6 +44,7 @@ TICK_S = 1.0
 POLL_S = 0.5
 POLL_LIMIT_S = 20.0
 HEARTBEAT_S = 10.0
+REQUESTS_S = 2.0
 START_LIMIT_S = 300.0
 DISMISS_LIMIT_S = 2.0
 FAILED_STARTS = 5
@@ -136,11 +139,15 @@ class Orchestrator:
         self._weights = plan.weights
         self._spawn(self._tick())
         self._spawn(self._heartbeat())
+        self._spawn(self._watch_requests())
         await self._handle(ev.Tick(time.monotonic()))
         if self._finish is None:
             self._hire(plan)
         while self._finish is None:
-            await self._handle(await self._queue.get())
+            event = await self._queue.get()
+            await self._handle(event)
+            if isinstance(event, ev.Asked):
+                await self._answer(event.request)
         await self._publish_end(self._finish)
         film = self._commits.get(self._publisher.plan.film_task_id)
         return Outcome(self._finish.exit_code, self._finish.message, film)
@@ -149,11 +156,10 @@ class Orchestrator:
         """Take the lease, read the ledger, plan: everything that has to be true before the first event."""
         epoch = self._ledger.take_lease()
         if self._job.fresh:
-            self._ledger.check_lease()
-            forget(self._store)
+            self._ledger.start_over()
         state = self._ledger.load()
         self._commits = dict(state.commits)
-        plan = make_plan(self._job.recipe, state.redo)
+        plan = make_plan(self._job.recipe, state.overrides)
         self._job.recipe.put(self._store)
         self._machine = Machine(plan.tasks, state, epoch=epoch)
         for problem in state.problems:
@@ -189,7 +195,7 @@ class Orchestrator:
         assert self._machine is not None
         self._replan_wanted = False
         state = await self._io_call(self._ledger.load)
-        self._publisher.plan = plan = make_plan(self._job.recipe, state.redo)
+        self._publisher.plan = plan = make_plan(self._job.recipe, state.overrides)
         self._machine.replace_plan(plan.tasks)
 
     def _tell_commit(self, event: ev.Event) -> None:
@@ -220,8 +226,8 @@ class Orchestrator:
     def refresh(self) -> None:
         self._later(lambda: self._spawn(self._publish()))
 
-    def replan(self, task_id: str) -> None:
-        self._story.tell("replanned", task=task_id)
+    def replan(self, cause: str) -> None:
+        self._story.tell("replanned", cause=cause)
         self._replan_wanted = True
 
     def note(self, message: str, warning: bool) -> None:
@@ -266,7 +272,7 @@ class Orchestrator:
         for difference in mixed:
             self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
         self._story.tell("worker_joined", worker=member.worker_id, host=greeting.host, process=greeting.pid)
-        self._put(ev.WorkerJoined(time.monotonic(), member.worker_id, greeting.node_id))
+        self._put(ev.WorkerJoined(time.monotonic(), member.worker_id, greeting.node_id, host=greeting.host))
 
     async def _start_again(self, worker_id: str, error: BaseException) -> None:
         self._dismiss(worker_id)
@@ -295,21 +301,12 @@ class Orchestrator:
         poll.cancel()
         about = (time.monotonic(), worker_id, task.id, order.attempt, order.epoch)
         if isinstance(answer, Failed):
-            await self._tell_failed(member, order, answer.fault)
+            about_log = {"log": log_path(task.id, order.attempt, order.epoch)}
+            what = {"label": task.label, "host": member.host, "kind": answer.fault.kind}
+            self._story.tell("failed", task=task.id, **what, message=answer.fault.message, **about_log)
             self._put(ev.TaskFailed(*about, answer.fault, answer.partial, answer.steps))
         elif isinstance(answer, Produced):
             self._put(ev.TaskProduced(*about, answer))
-
-    async def _tell_failed(self, member: Member, order: Order, fault: ev.Fault) -> None:
-        """Say what failed and where, and keep the worker's last lines beside the render."""
-        task = order.task
-        path = f"logs/{task.id}-{order.attempt:04d}-{order.epoch}.log"
-        about = {"label": task.label, "host": member.host, "kind": fault.kind, "message": fault.message}
-        self._story.tell("failed", task=task.id, **about, log=path)
-        text = f"{task.label}: {fault.kind}: {fault.message}\n{fault.log_tail}\n"
-        # The machine's journal keeps them too; a full disk has worse news to tell.
-        with contextlib.suppress(LongtakeError):
-            await self._io_call(lambda: self._store.put_replace(path, text.encode()))
 
     async def _poll(self, member: Member, order: Order) -> None:
         """Ask for progress now and then, while the order runs."""
@@ -364,6 +361,22 @@ class Orchestrator:
                 await self._io_call(self._ledger.renew_lease)
             except LongtakeError as error:
                 self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
+
+    async def _watch_requests(self) -> None:
+        """Look for what people ask for in the store; a store that does not answer now is asked again."""
+        known: set[str] = set()
+        while True:
+            await asyncio.sleep(REQUESTS_S)
+            with contextlib.suppress(LongtakeError):
+                for request in await self._io_call(lambda: new_requests(self._store, self._ledger.epoch, known)):
+                    known.add(request.id)
+                    self._put(ev.Asked(time.monotonic(), request))
+
+    async def _answer(self, request: Request) -> None:
+        """Tell whoever asked; if that fails they find it in the journal."""
+        self._story.tell("asked", request=request.kind)
+        with contextlib.suppress(LongtakeError):
+            await self._io_call(lambda: mark_taken(self._store, self._ledger.epoch, request.id))
 
     async def _publish(self) -> None:
         """Write what a person looks at; a failure there never harms the render."""
@@ -438,14 +451,6 @@ def lost_worker(now_s: float, member: Member, error: BaseException) -> ev.Worker
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def forget(store: Store) -> None:
-    """Start over: remove all that a render has made but the leases, which go on counting; commits first."""
-    for folder in ("commits", "journal", "partials", "attempts", FILMS_FOLDER):
-        for file in store.list(folder):
-            store.delete(file.path)
-    store.delete("numerics.json")
 
 
 async def _value(reference: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import SettingError
-from pipeline.facts import CheckpointFacts, Facts, MediaFacts, RenderFacts
+from pipeline.facts import CheckpointFacts, Facts, MediaFacts, Overrides, RenderFacts
 from pipeline.plan import Plan, Until, plan_film
 from pipeline.spec import Storyboard, parse_spec, recipe_text
 from pipeline.store import Store
@@ -24,7 +24,7 @@ RECIPE_FILE = "recipe.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """An order for a film. `facts.redo` is left empty here: the ledger knows the redo generations."""
+    """An order for a film. The overrides in `facts` are left empty here: the ledger knows them."""
 
     spec: Storyboard
     facts: Facts
@@ -84,8 +84,8 @@ def load_recipe(store: Store) -> Recipe:
         raise SettingError("no render here", field="--store", value=store.url, remedy=remedy) from None
 
 
-def make_plan(recipe: Recipe, redo: Mapping[str, int]) -> Plan:
-    """The render's plan under the ledger's redo generations."""
-    facts = replace(recipe.facts, redo=dict(redo))
+def make_plan(recipe: Recipe, overrides: Overrides | None = None) -> Plan:
+    """The render's plan under what the ledger overrides (`LedgerState.overrides`)."""
+    facts = replace(recipe.facts, **vars(overrides or Overrides()))
     text = None if recipe.strip else recipe_text(recipe.spec, recipe.versions)
     return plan_film(recipe.spec, facts, until=recipe.until, shots=recipe.shots, recipe=text)

@@ -7,7 +7,6 @@ what is committed.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -23,6 +22,7 @@ from types import FrameType
 
 from cluster.job import News, Outcome, RenderJob, WorkerSettings
 from cluster.placement import place_workers
+from cluster.places import default_store
 from cluster.preflight import check_before_rendering
 from cluster.probe import load_storyboard, probe_facts
 from cluster.progress import Display, format_seconds, make_display
@@ -32,7 +32,6 @@ from pipeline.lease import refuse_if_live, this_process
 from pipeline.ledger import Ledger, LedgerState
 from pipeline.media_encode import ENCODER_THREADS
 from pipeline.plan import Plan, Until
-from pipeline.spec import Storyboard
 from pipeline.store import Store, open_store
 from pipeline.tasks import CommitRecord
 
@@ -104,7 +103,7 @@ def prepare(request: RenderRequest) -> Prepared:
         versions=software_versions(),
     )
     state = LedgerState() if request.fresh else Ledger(store).load()
-    plan = make_plan(recipe, state.redo)
+    plan = make_plan(recipe, state.overrides)
     return Prepared(recipe, store, plan, frozenset(state.commits.keys() & plan.tasks.keys()))
 
 
@@ -122,13 +121,6 @@ def render(request: RenderRequest) -> int:
         finally:
             display.close()
         return _conclude(outcome, prepared.store, target, display, request, time.monotonic() - started_s)
-
-
-def default_store(spec: Storyboard, storyboard: Path) -> str:
-    """`renders/<slug>` of the title, or of the file's name where there is no title."""
-    name = spec.title if spec.title != Storyboard.model_fields["title"].default else storyboard.stem
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
-    return str(Path("renders") / (slug or "film"))
 
 
 def software_versions() -> dict[str, str]:

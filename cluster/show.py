@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.probe import load_storyboard
+from cluster.places import open_render
 from cluster.progress import PHASES, format_seconds
 from cluster.recipe import Recipe, load_recipe, make_plan
-from cluster.render import RenderRequest, default_store, prepare
-from pipeline.errors import SettingError
-from pipeline.lease import refuse_if_live, this_process
+from cluster.render import RenderRequest, prepare
+from pipeline.lease import lives, this_process
 from pipeline.ledger import Ledger, LedgerState
 from pipeline.plan import Plan, Until
-from pipeline.store import Store, open_store
-
-STORYBOARD_SUFFIXES = (".yaml", ".yml", ".json", ".mp4", ".mov", ".mkv")
+from pipeline.store import Store
 
 
 def print_plan(storyboard: Path, store: str | None, *, until: Until, shots: list[str] | None, as_json: bool) -> int:
@@ -42,14 +40,6 @@ def print_plan(storyboard: Path, store: str | None, *, until: Until, shots: list
 
 def _done(plan: Plan, state: LedgerState) -> set[str]:
     return {task_id for task_id in plan.tasks if task_id in state.commits}
-
-
-def open_render(place: str, store: str | None) -> Store:
-    """The store of a render, by its storyboard or by its own place. Raises SettingError."""
-    path = Path(place)
-    if store is None and "://" not in place and path.suffix.lower() in STORYBOARD_SUFFIXES:
-        return open_store(default_store(load_storyboard(path), path))
-    return open_store(store or place)
 
 
 def print_status(place: str, store: str | None, *, as_json: bool) -> int:
@@ -74,14 +64,14 @@ def print_status(place: str, store: str | None, *, as_json: bool) -> int:
 
 def describe_status(store: Store, recipe: Recipe, state: LedgerState) -> dict[str, Any]:
     """JSON-able: state, counts by kind of task, failures that nothing has made good yet, the film's place."""
-    plan = make_plan(recipe, state.redo)
+    plan = make_plan(recipe, state.overrides)
     done = _done(plan, state)
     film = state.commits.get(plan.film_task_id)
     holder = _holder(store)
     return {
         "title": recipe.spec.title,
         "store": store.url,
-        "state": "finished" if film else "running" if holder["live"] else "stopped, the same command continues",
+        "state": _state(state, holder, finished=film is not None),
         "holder": holder,
         "tasks": len(plan.tasks),
         "committed": len(done),
@@ -95,24 +85,24 @@ def describe_status(store: Store, recipe: Recipe, state: LedgerState) -> dict[st
     }
 
 
+def _state(state: LedgerState, holder: Mapping[str, Any], *, finished: bool) -> str:
+    if finished:
+        return "finished"
+    if holder["live"]:
+        return "running"
+    if kind := state.stopped[1]:
+        return {"pause": "paused", "cancel": "cancelled"}[kind] + ", `longtake render` goes on"
+    return "stopped, the same command continues"
+
+
 def _holder(store: Store) -> dict[str, Any]:
     """Who renders here, as far as can be told; a holder elsewhere is live until it says otherwise."""
     holder = Ledger(store).holder()
     if holder is None:
         return {"live": False}
-    live = not holder.released
-    if holder.owner.host == this_process().host:
-        try:
-            refuse_if_live(store, holder, this_process(), watch_s=0.0, sleep=time.sleep)
-            live = False
-        except SettingError:
-            live = True
-    return {
-        "live": live,
-        "epoch": holder.epoch,
-        "host": holder.owner.host.split("/")[0],
-        "pid": holder.owner.pid,
-    }
+    owner = holder.owner
+    live = lives(holder, this_process()) is not False
+    return {"live": live, "epoch": holder.epoch, "host": owner.host.split("/")[0], "pid": owner.pid}
 
 
 def _phases(plan: Plan, state: LedgerState, *, live: bool) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ import signal
 import socket
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,17 +25,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from cluster.job import Failed, Greeting, Standing, WorkerSettings
+from cluster.worker_log import WorkerLog
 from pipeline.events import fault_of
 from pipeline.media_child import find_ffmpeg
 from pipeline.params import WeightsParams
 from pipeline.store import open_store
+from pipeline.story import log_path
 from pipeline.tasks import ArtifactFile, Order, Produced, Role
 
 if TYPE_CHECKING:
     from actors.base import ActorContext
 
 log = logging.getLogger("longtake.worker")
-LOG_TAIL_LINES = 20
 SIDE_GROUP = "progress"
 """Concurrency group of `progress`, `stop` and `dismiss`; the other methods wait for each other."""
 T = TypeVar("T")
@@ -48,7 +48,8 @@ class Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         _ignore_termination()
         self._settings = settings
-        self._tail = _LogTail()
+        self._log = WorkerLog()
+        self._store = open_store(settings.store_url)
         self._scratch_path = Path(tempfile.mkdtemp(prefix="lt-work-", dir=settings.scratch_root))
         self._stop = threading.Event()
         self._standing = Standing()
@@ -69,9 +70,20 @@ class Worker:
         self._stop.clear()
         self._standing = Standing(order.task.id, order.attempt)
         try:
-            return self._guarded(lambda: self._actor.run(order))
+            with self._log.attempt(self._store, log_path(order.task.id, order.attempt, order.epoch)):
+                return self._guarded(lambda: self._run(order))
         finally:
             self._standing = Standing()
+
+    def _run(self, order: Order) -> Produced:
+        task = order.task
+        log.info("%s, %s, attempt %d", task.label, task.id, order.attempt)
+        log.info("host %s, process %d, device %s", socket.gethostname(), os.getpid(), self._settings.device)
+        if order.partial is not None:
+            log.info("goes on from %s", order.partial.path)
+        produced: Produced = self._actor.run(order)
+        log.info("produced %d bytes in %.2f s", sum(file.size_bytes for file in produced.files), produced.seconds)
+        return produced
 
     def progress(self) -> Standing:
         """How far the running order is."""
@@ -92,7 +104,7 @@ class Worker:
         except BaseException as error:
             log.exception("failed: %s", self._standing.task_id or "changing role")
             where = f"host {socket.gethostname()}, process {os.getpid()}"
-            fault = fault_of(error, f"{where}\n{self._tail.text()}")
+            fault = fault_of(error, f"{where}\n{self._log.tail()}")
             return Failed(fault, self._standing.partial, self._standing.partial_steps)
 
     def _greet(self) -> Greeting:
@@ -125,7 +137,7 @@ class Worker:
 
         settings = self._settings
         return ActorContext(
-            store=open_store(settings.store_url),
+            store=self._store,
             checkpoint_path=Path(settings.checkpoint_path),
             role=role,
             weights=weights,
@@ -140,28 +152,14 @@ class Worker:
         )
 
     def _report(self, steps: int, frames: int) -> None:
+        log.info("%d steps, %d frames", steps, frames)
         now = self._standing
         self._standing = Standing(now.task_id, now.attempt, steps, frames, now.partial, now.partial_steps)
 
     def _saved(self, partial: ArtifactFile, steps: int) -> None:
+        log.info("saved step %d as %s", steps, partial.path)
         now = self._standing
         self._standing = Standing(now.task_id, now.attempt, now.steps, now.frames, partial, steps)
-
-
-class _LogTail(logging.Handler):
-    """Keeps the last lines of the log."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", "%H:%M:%S"))
-        logging.getLogger().addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.extend(self.format(record).splitlines())
-
-    def text(self) -> str:
-        return "\n".join(self._lines)
 
 
 def _ignore_termination() -> None:

@@ -51,7 +51,7 @@ class Hands(Protocol):
     def refresh(self) -> None:
         """Write contact sheet, report and film so far again."""
 
-    def replan(self, task_id: str) -> None:
+    def replan(self, cause: str) -> None:
         """Plan again under the ledger's overrides and hand the tasks to `Machine.replace_plan`."""
 
     def note(self, message: str, warning: bool) -> None:
@@ -96,7 +96,7 @@ def _carry_out(command: Command, ledger: Ledger, hands: Hands, now: Callable[[],
         case Refresh():
             hands.refresh()
         case Replan():
-            hands.replan(command.task_id)
+            hands.replan(command.cause)
         case Note():
             hands.note(command.message, command.warning)
         case Finish():

@@ -34,6 +34,7 @@ class Worker:
     node_id: str
     roles: tuple[Role, ...]
     role: Role | None
+    host: str = ""
     loading_since_s: float | None = None
     task_id: str | None = None
     """Running, or produced and waiting for its commit."""

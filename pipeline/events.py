@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from pipeline import errors
 from pipeline.journal import FaultKind, JournalEntry
+from pipeline.requests import Request
 from pipeline.tasks import ArtifactFile, CommitRecord, Order, Produced, Role, TaskKind
 
 ALL_ROLES: tuple[Role, ...] = ("text", "chain", "refine", "media")
@@ -64,6 +65,7 @@ class WorkerJoined:
     node_id: str
     role: Role | None = None
     roles: tuple[Role, ...] = ALL_ROLES
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,14 @@ class StopRequested:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A person's request was found in the store."""
+
+    now_s: float
+    request: Request
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed. Wanted every second or so, at least every 30."""
 
@@ -198,6 +208,7 @@ Event = (
     | CommitRefused
     | LedgerFailed
     | StopRequested
+    | Asked
     | Tick
 )
 
@@ -257,9 +268,12 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Replan:
-    """A redo generation was journalled: plan again and go on with `machine.replace_plan(tasks)`."""
+    """An override was journalled: plan again and go on with `machine.replace_plan(tasks)`.
 
-    task_id: str
+    Nothing is sent before that. `cause`: the task or the request that led to it.
+    """
+
+    cause: str
 
 
 @dataclass(frozen=True)

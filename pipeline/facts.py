@@ -162,12 +162,34 @@ class MediaFacts:
 
 
 @dataclass(frozen=True)
+class ShotLock:
+    """What stands for a locked shot. Fields as in `pipeline.journal.ShotLocked`."""
+
+    tasks: Mapping[str, str]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What people and the quality gate have changed about a plan since: the ledger's part of it.
+
+    redo: for each slot (a task's `label`, such as `opening/segment/3`), how often it was sent back.
+    picked: for each shot, which of its takes the film shows, counted from 1.
+    locks: for each locked shot, the tasks that stand for it; only those that are committed.
+    """
+
+    redo: Mapping[str, int] = field(default_factory=dict)
+    picked: Mapping[str, int] = field(default_factory=dict)
+    locks: Mapping[str, ShotLock] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything `plan_film` knows beyond the storyboard.
 
     media: for each path as the storyboard writes it (`Storyboard.media_paths`), what was probed.
     loras: for each LoRA path as the storyboard writes it, the file's sha256.
-    redo: for each slot (a task's `label`, such as `opening/segment/3`), how often it was sent back.
+    redo, picked, locks: as in `Overrides`.
     device: device kind of the workers (`cpu`, `cuda`), for the estimate only.
     """
 
@@ -176,6 +198,8 @@ class Facts:
     loras: Mapping[str, str] = field(default_factory=dict)
     redo: Mapping[str, int] = field(default_factory=dict)
     device: str = "cuda"
+    picked: Mapping[str, int] = field(default_factory=dict)
+    locks: Mapping[str, ShotLock] = field(default_factory=dict)
 
 
 def load_render_facts(folder: str | Path) -> RenderFacts:

@@ -53,6 +53,8 @@ class AttemptStarted:
     epoch: int
     worker_id: str
     node_id: str
+    host: str = ""
+    """The machine's name, for people."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class RedoRequested:
     scope: str
     generation: int
     reason: str
+    asked: bool = False
+    """By a person, not by the quality gate: the gate's budget begins anew."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,50 @@ class TaskReset:
     """A person asked for the task to be tried again: everything charged so far is forgiven."""
 
     task_id: str
+    scope: str = ""
+    """The task's redo scope: what the gate refused there is forgiven, too."""
+
+
+@dataclass(frozen=True)
+class RequestTaken:
+    """A person's request (`pipeline.requests`) was taken in; what it leads to stands in the same write."""
+
+    request_id: str
+    kind: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class StartedOver:
+    """A person asked to start over: nothing committed or journalled before this epoch counts any more."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class TakePicked:
+    """From now on the film shows this take of the shot; takes are counted from 1."""
+
+    shot_id: str
+    take: int
+
+
+@dataclass(frozen=True)
+class ShotLocked:
+    """From now on these tasks stand for the shot's, whatever code and checkpoint would make of it now."""
+
+    shot_id: str
+    tasks: Mapping[str, str]
+    """By what was ordered (`pipeline.locks.order_digest`): the id of the task that made it."""
+    labels: tuple[str, ...]
+    """Of the segments and windows among them."""
+
+
+@dataclass(frozen=True)
+class ShotUnlocked:
+    """The lock of the shot is over."""
+
+    shot_id: str
 
 
 @dataclass(frozen=True)
@@ -115,8 +163,17 @@ class NumericsMixed:
     differences: tuple[str, ...]
 
 
+TaskEntry = AttemptStarted | AttemptFailed | PartialSaved | Invalidated | TaskReset
+"""What is about one task."""
 JournalEntry = (
-    AttemptStarted | AttemptFailed | PartialSaved | Invalidated | RedoRequested | TaskReset | NumericsMixed
+    TaskEntry
+    | RedoRequested
+    | RequestTaken
+    | StartedOver
+    | TakePicked
+    | ShotLocked
+    | ShotUnlocked
+    | NumericsMixed
 )
 
 _KINDS: dict[str, type[Any]] = {
@@ -126,6 +183,11 @@ _KINDS: dict[str, type[Any]] = {
     "invalidated": Invalidated,
     "redo": RedoRequested,
     "reset": TaskReset,
+    "request": RequestTaken,
+    "over": StartedOver,
+    "pick": TakePicked,
+    "lock": ShotLocked,
+    "unlock": ShotUnlocked,
     "mixed": NumericsMixed,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -145,8 +207,9 @@ def entry_from_json(value: Mapping[str, Any]) -> JournalEntry:
     kind = _KINDS[value["entry"]]
     if kind is PartialSaved and fields["partial"] is not None:
         fields["partial"] = ArtifactFile(**fields["partial"])
-    if kind is NumericsMixed:
-        fields["differences"] = tuple(fields["differences"])
+    for name in ("differences", "labels"):
+        if name in fields:
+            fields[name] = tuple(fields[name])
     entry: JournalEntry = kind(**fields)
     return entry
 
@@ -172,11 +235,18 @@ class TaskLog:
     partial_steps: int = 0
     invalidated: set[tuple[int, int]] = field(default_factory=set)
     """(attempt, epoch) of commits that do not count."""
+    went_bad: int = 0
+    """How often that happened since the task was last reset."""
     failed_nodes: tuple[str, ...] = ()
     """Nodes where it failed since it was last invalidated or reset, oldest first."""
     last_failure: AttemptFailed | None = None
 
-    def apply(self, entry: AttemptStarted | AttemptFailed | PartialSaved | Invalidated | TaskReset) -> None:
+    @property
+    def charged(self) -> bool:
+        """Whether there is anything to forgive."""
+        return bool(self.transient or self.quality or self.deaths or self.went_bad or self.last_failure)
+
+    def apply(self, entry: TaskEntry) -> None:
         """Take one entry in, in the journal's order."""
         match entry:
             case AttemptStarted():
@@ -190,11 +260,12 @@ class TaskLog:
                 self.partial, self.partial_steps = entry.partial, entry.steps
             case Invalidated():
                 self.invalidated.add((entry.attempt, entry.epoch))
+                self.went_bad += 1
                 self.partial, self.partial_steps = None, 0
                 self.transient = self.quality = self.deaths = 0
                 self.failed_nodes = ()
             case TaskReset():
-                self.transient = self.quality = self.deaths = 0
+                self.transient = self.quality = self.deaths = self.went_bad = 0
                 self.failed_nodes, self.last_failure = (), None
 
     def _apply_failure(self, entry: AttemptFailed) -> None:

@@ -72,15 +72,21 @@ def lease_record(epoch: int, owner: Owner, nonce: str, taken_at_s: float) -> byt
     return seal({"epoch": epoch, "owner": asdict(owner), "nonce": nonce, "taken_at_s": taken_at_s})
 
 
+def lives(holder: LeaseHolder, me: Owner) -> bool | None:
+    """Whether the holder still renders; None for one on another host, whose heartbeat would have to be watched."""
+    if holder.released:
+        return False
+    if holder.owner.host == me.host:
+        return _process_mark(holder.owner.pid) == holder.owner.mark != ""
+    return None
+
+
 def refuse_if_live(
     store: Store, holder: LeaseHolder, me: Owner, *, watch_s: float, sleep: Callable[[float], None]
 ) -> None:
     """Raise SettingError if the holder still lives; watches its heartbeat if it is on another host."""
-    if holder.released:
-        return
-    if holder.owner.host == me.host:
-        live = _process_mark(holder.owner.pid) == holder.owner.mark != ""
-    else:
+    live = lives(holder, me)
+    if live is None:
         live = _beats(store, holder.epoch, watch_s, sleep)
     if live:
         where = f"process {holder.owner.pid} on {holder.owner.host.split('/')[0]}"

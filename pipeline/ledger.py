@@ -5,7 +5,7 @@ Lies in the render's folder and is rebuilt from it alone:
     lease/<epoch>.json, .beat, .released   who may write (pipeline/lease.py)
     journal/<epoch>-<seq>.json             entries (pipeline/journal.py), written before what they speak of
     commits/<task id>[.<n>].json           CommitRecord, created only if absent; nothing else counts as done
-    numerics.json                          the numerics record that the render was started under
+    numerics.json, numerics-<epoch>.json   the numerics record that the render was (in that epoch) started under
 
 Every record carries its own checksum (pipeline/records.py). A commit counts if it is whole, nobody
 invalidated it, and the digests it names for its inputs are those of the inputs' own commits. Of several
@@ -26,13 +26,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.errors import LeaseLost, NumericsMismatch, SettingError, StoreError, WorkerLost
+from pipeline.facts import Overrides, ShotLock
 from pipeline.journal import (
     AttemptStarted,
     Invalidated,
     JournalEntry,
     NumericsMixed,
     RedoRequested,
+    RequestTaken,
+    ShotLocked,
+    ShotUnlocked,
+    StartedOver,
+    TakePicked,
     TaskLog,
+    TaskReset,
     entry_from_json,
     entry_to_json,
 )
@@ -63,6 +70,18 @@ class LedgerState:
     logs: dict[str, TaskLog] = field(default_factory=dict)
     redo: dict[str, int] = field(default_factory=dict)
     """Redo generations by scope, as in `RedoRequested`: an override of the plan."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """By scope, how many of them the quality gate asked for since a person last did or forgave it."""
+    picked: dict[str, int] = field(default_factory=dict)
+    """Takes by shot, as in `TakePicked`."""
+    locks: dict[str, ShotLock] = field(default_factory=dict)
+    """By shot, as in `ShotLocked`."""
+    requests: dict[str, str] = field(default_factory=dict)
+    """Kinds of the requests that were taken in, by id."""
+    stopped: tuple[int, str] = (0, "")
+    """The epoch that a pause or cancel ended, and which of them; (0, "") if work has gone on since."""
+    cut: int = 0
+    """The epoch in which a person last started over; what is older does not count."""
     mixed: tuple[str, ...] = ()
     """Numerics differences under which parts of the film were rendered."""
     broken: tuple[Invalidated, ...] = ()
@@ -75,10 +94,37 @@ class LedgerState:
         match entry:
             case RedoRequested():
                 self.redo[entry.scope] = entry.generation
+                self.refusals[entry.scope] = 0 if entry.asked else self.refusals.get(entry.scope, 0) + 1
+            case RequestTaken():
+                self.requests[entry.request_id] = entry.kind
+                if entry.kind in ("pause", "cancel"):
+                    self.stopped = (entry.epoch, entry.kind)
+            case TakePicked():
+                self.picked[entry.shot_id] = entry.take
+            case ShotLocked():
+                self.locks[entry.shot_id] = ShotLock(entry.tasks, entry.labels)
+            case ShotUnlocked():
+                self.locks.pop(entry.shot_id, None)
+            case StartedOver():
+                requests, stopped = self.requests, self.stopped
+                vars(self).update(vars(LedgerState(requests=requests, stopped=stopped, cut=entry.epoch)))
             case NumericsMixed():
                 self.mixed = tuple(dict.fromkeys((*self.mixed, *entry.differences)))
             case _:
                 self.logs.setdefault(entry.task_id, TaskLog()).apply(entry)
+                if isinstance(entry, TaskReset):
+                    self.refusals.pop(entry.scope, None)
+                if isinstance(entry, AttemptStarted) and entry.epoch > self.stopped[0]:
+                    self.stopped = (0, "")
+
+    @property
+    def overrides(self) -> Overrides:
+        """What the journal has changed about the plan. A lock holds only what is still committed."""
+        locks = {
+            shot_id: replace(lock, tasks={key: name for key, name in lock.tasks.items() if name in self.commits})
+            for shot_id, lock in self.locks.items()
+        }
+        return Overrides(dict(self.redo), dict(self.picked), locks)
 
 
 @dataclass(frozen=True)
@@ -157,6 +203,7 @@ class Ledger:
         self._beats = 0
         self._latest: dict[str, tuple[int, int]] = {}
         self._invalidated: dict[str, set[tuple[int, int]]] = {}
+        self._cut = 0
 
     # The lease
 
@@ -218,7 +265,13 @@ class Ledger:
         for entry in entries:
             self._remember(entry)
 
+    def start_over(self) -> None:
+        """Let nothing count that was committed or journalled before this epoch. One entry: all or nothing."""
+        self.journal([StartedOver(self.epoch)])
+
     def _remember(self, entry: JournalEntry) -> None:
+        if isinstance(entry, StartedOver):
+            self._cut = entry.epoch
         if isinstance(entry, AttemptStarted):
             self._latest[entry.task_id] = (entry.attempt, entry.epoch)
         if isinstance(entry, Invalidated):
@@ -242,6 +295,7 @@ class Ledger:
     def load(self) -> LedgerState:
         """The state as the store has it. Under the lease, what is found broken is journalled as such, too."""
         state = self._patiently(self._load)
+        self._cut = state.cut
         for task_id, log in state.logs.items():
             self._invalidated[task_id] = set(log.invalidated)
         if self.epoch and state.broken:
@@ -254,7 +308,7 @@ class Ledger:
         state, problems = LedgerState(), list[str]()
         for _, entry in self.history(problems):
             state.apply(entry)
-        newest = self._read_commits()
+        newest = {i: record for i, record in self._read_commits().items() if not _is_older(record, state.cut)}
         dead = {task_id: _invalidated(state.logs.get(task_id)) for task_id in newest}
         records = {i: record for i, record in newest.items() if record and _attempt(record) not in dead[i]}
         bad = {task_id: "its record is torn" for task_id, record in newest.items() if record is None}
@@ -300,7 +354,9 @@ class Ledger:
             if self._create(path, data):
                 return record
             standing = _parse_commit(self._patiently(partial(self.store.read, path)), record.task_id)
-            if standing is None or _attempt(standing) in self._invalidated.get(record.task_id, ()):
+            if standing is None or _is_older(standing, self._cut):
+                continue
+            if _attempt(standing) in self._invalidated.get(record.task_id, ()):
                 continue
             if standing.inputs_sha256 == record.inputs_sha256:
                 return standing
@@ -357,7 +413,7 @@ class Ledger:
         Raises NumericsMismatch naming the differences; with `allow_mixed` journals and returns them.
         """
         self.check_lease()
-        if self._create("numerics.json", seal(record)):
+        if self._create(_numerics_path(self._cut), seal(record)):
             return ()
         differences = compare_numerics(self.numerics() or {}, record)
         if differences and not allow_mixed:
@@ -370,14 +426,18 @@ class Ledger:
         return differences
 
     def numerics(self) -> Mapping[str, Any] | None:
-        """The pinned numerics record, None if nothing is pinned. Raises NumericsMismatch if it is torn."""
+        """The pinned numerics record, None if nothing is pinned. Raises NumericsMismatch if it is torn.
+
+        Of the time since the last start over that `load` has found.
+        """
+        path = _numerics_path(self._cut)
         try:
-            value: Mapping[str, Any] = unseal(self._patiently(lambda: self.store.read("numerics.json")))
+            value: Mapping[str, Any] = unseal(self._patiently(lambda: self.store.read(path)))
         except FileNotFoundError:
             return None
         except TornRecord as error:
             remedy = "Delete it to pin this machine's record, if you know that it is the same."
-            raise NumericsMismatch(f"numerics.json is damaged: {error}", remedy=remedy) from error
+            raise NumericsMismatch(f"{path} is damaged: {error}", remedy=remedy) from error
         return value
 
     # Patience
@@ -405,6 +465,10 @@ class Ledger:
             pause_s = min(MAX_PAUSE_S, 2 * pause_s)
 
 
+def _numerics_path(cut: int) -> str:
+    return f"numerics-{cut:08d}.json" if cut else "numerics.json"
+
+
 def _parse_commit(data: bytes, task_id: str) -> CommitRecord | None:
     """The task's commit record, None if it is torn."""
     try:
@@ -412,6 +476,11 @@ def _parse_commit(data: bytes, task_id: str) -> CommitRecord | None:
     except (TornRecord, KeyError, TypeError):
         return None
     return record if record.task_id == task_id else None
+
+
+def _is_older(record: CommitRecord | None, cut: int) -> bool:
+    """Whether the record was made before a person started over."""
+    return record is not None and record.epoch < cut
 
 
 def _attempt(of: CommitRecord | Invalidated) -> tuple[int, int]:

@@ -51,17 +51,20 @@ class Timeouts:
         return limit
 
 
-def given_up(log: TaskLog, budgets: Budgets) -> Fault | None:
-    """Why a task's history forbids another attempt, None if it does not."""
+def given_up(log: TaskLog, budgets: Budgets, refusals: int = 0) -> Fault | None:
+    """Why a task's history forbids another attempt, None if it does not.
+
+    `refusals`: how often the gate had the task's scope made again; each time it is another task.
+    """
     last = log.last_failure.message if log.last_failure else "the render died with it"
     if log.transient > budgets.transient:
         return Fault("permanent", f"failed {log.transient} times, last: {last}")
     if log.deaths > budgets.deaths:
         return Fault("permanent", f"took its process with it {log.deaths} times, last: {last}")
-    if log.quality > budgets.quality:
-        return Fault("quality", f"refused by the gate {log.quality} times: {last}", exit_code=4)
-    if len(log.invalidated) > budgets.invalidations:
-        return Fault("permanent", f"its bytes went bad in the store {len(log.invalidated)} times")
+    if log.quality and refusals >= budgets.quality:
+        return Fault("quality", f"refused by the gate {refusals + 1} times: {last}", exit_code=4)
+    if log.went_bad > budgets.invalidations:
+        return Fault("permanent", f"its bytes went bad in the store {log.went_bad} times")
     if log.last_failure and log.last_failure.kind == "permanent":
         return Fault("permanent", last)
     return None

@@ -8,6 +8,8 @@ What it holds to:
 - Failures are counted by the journal's fold (`TaskLog`), so they count the same after a restart. A task given
   up takes its dependants with it; what does not depend on it is still done; a user's fault or a full disk
   ends the render as soon as running orders have.
+- A person's request is taken in once, in one write with all that follows from it. After a change of the plan
+  nothing is sent before the new plan is there.
 - Time passes only as fast as events come: a gap between two events counts at most `MAX_GAP_S`, so a clock
   that jumps or a machine that slept causes no timeout.
 """
@@ -15,11 +17,12 @@ What it holds to:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.crew import Crew, Job, Worker
 from pipeline.events import (
     ALL_ROLES,
+    Asked,
     AssignRole,
     Command,
     Commit,
@@ -49,6 +52,7 @@ from pipeline.events import (
     WorkerReady,
     fault_of,
 )
+from pipeline.facts import Overrides
 from pipeline.graph import TaskGraph
 from pipeline.journal import (
     AttemptFailed,
@@ -63,6 +67,7 @@ from pipeline.journal import (
 from pipeline.ledger import LedgerState, dependants_of
 from pipeline.limits import Budgets, Timeouts, given_up
 from pipeline.records import artifact_sha256
+from pipeline.requests import STOP_CODES, Request, entries_for
 from pipeline.schedule import ROLES_FOR_KIND, Demand, choose_role, kinds_of, must_leave_for_chain
 from pipeline.summary import Tally, activity, expected_rest_s, phase_progress
 from pipeline.tasks import ArtifactFile, CommitRecord, Order, Role, Task, TaskKind
@@ -119,8 +124,11 @@ class Machine:
         epoch: int,
         budgets: Budgets | None = None,
         timeouts: Timeouts | None = None,
+        deadline_s: float | None = None,
     ) -> None:
+        """`deadline_s`: after so many seconds the run saves and stops, to be gone on with."""
         self.epoch = epoch
+        self._deadline_s = deadline_s
         self._budgets, self._timeouts = budgets or Budgets(), timeouts or Timeouts()
         self._commits, self._state = dict(state.commits), state
         self._crew = Crew(self._budgets.node)
@@ -132,6 +140,7 @@ class Machine:
         self._outage: _Outage | None = None
         self._ending: _Ending | None = None
         self._finished = False
+        self._replanning = False
         self._clock_s, self._last_now_s = 0.0, float("nan")
         self._refreshed_s, self._refresh_due = float("-inf"), False
         self._demand: Demand | None = None
@@ -141,6 +150,9 @@ class Machine:
 
     def replace_plan(self, tasks: Mapping[str, Task]) -> None:
         """Go on with this plan (at the start, and after Replan). Orders that it still holds go on."""
+        self._replanning = False
+        self._failures = {task_id: fault for task_id, fault in self._failures.items() if task_id in tasks}
+        self._end_orders([job for task_id, job in self._jobs.items() if task_id not in tasks])
         self._graph = TaskGraph(tasks, self._commits)
         self._graph.taken = {task_id for task_id in (*self._jobs, *self._committing) if task_id in tasks}
         self._graph.rebuild()
@@ -150,6 +162,14 @@ class Machine:
         for task_id in list(self._graph.wanted):
             if fault := self._given_up(task_id):
                 self._give_up(task_id, fault)
+
+    def _end_orders(self, jobs: Sequence[Job]) -> None:
+        """Have these orders save their state and stop."""
+        jobs = [job for job in jobs if not job.asked_to_stop]
+        for job in jobs:
+            job.asked_to_stop = True
+        if jobs:
+            self._do(StopWorkers(tuple(job.worker_id for job in jobs)))
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event in. The commands are to be carried out in order, each durable before the next.
@@ -184,7 +204,9 @@ class Machine:
             case LedgerFailed():
                 self._on_ledger_failed(event.fault)
             case StopRequested():
-                self._on_stop(event.exit_code)
+                self._stop(event.exit_code, "stopped on request")
+            case Asked():
+                self._on_asked(event.request)
             case Tick():
                 self._on_tick()
         if not self._finished:
@@ -214,6 +236,8 @@ class Machine:
                 self._charge_load(Fault("stalled", f"role {worker.role} was not loaded in time"), worker.node_id)
         self._save_on_draining_nodes()
         self._refresh()
+        if self._deadline_s is not None and self._clock_s >= self._deadline_s and self._ending is None:
+            self._stop(75, "the run's deadline has passed; the same command goes on")
 
     def _refresh(self) -> None:
         if self._refresh_due and self._clock_s - self._refreshed_s >= self._timeouts.refresh_s:
@@ -224,7 +248,7 @@ class Machine:
 
     def _on_joined(self, event: WorkerJoined) -> None:
         roles = tuple(role for role in ALL_ROLES if role in event.roles)
-        self._crew.join(Worker(event.worker_id, event.node_id, roles, event.role))
+        self._crew.join(Worker(event.worker_id, event.node_id, roles, event.role, event.host))
 
     def _on_ready(self, event: WorkerReady) -> None:
         worker = self._crew.workers.get(event.worker_id)
@@ -283,11 +307,7 @@ class Machine:
 
     def _save_on_draining_nodes(self) -> None:
         ending = self._crew.ending_nodes(self._clock_s)
-        jobs = [job for job in self._jobs.values() if job.node_id in ending and not job.asked_to_stop]
-        for job in jobs:
-            job.asked_to_stop = True
-        if jobs:
-            self._do(StopWorkers(tuple(job.worker_id for job in jobs)))
+        self._end_orders([job for job in self._jobs.values() if job.node_id in ending])
 
     # Orders
 
@@ -443,7 +463,9 @@ class Machine:
     def _given_up(self, task_id: str) -> Fault | None:
         """Why the task's history forbids another attempt, None if it does not."""
         log = self._state.logs.get(task_id)
-        return None if log is None else given_up(log, self._budgets)
+        if log is None:
+            return None
+        return given_up(log, self._budgets, self._state.refusals.get(self._scope(task_id), 0))
 
     def _give_up(self, task_id: str, fault: Fault) -> None:
         task = self._graph.tasks[task_id]
@@ -454,10 +476,18 @@ class Machine:
             self._end(fault.exit_code, f"{task.label or task_id}: {fault.message}")
 
     def _redo(self, task_id: str, fault: Fault) -> None:
-        scope = self._graph.tasks[task_id].label or task_id
+        scope = self._scope(task_id)
         generation = self._state.redo.get(scope, 0) + 1
         self._write(RedoRequested(scope, generation, fault.message))
-        self._do(Replan(task_id))
+        self._replan(task_id)
+
+    def _scope(self, task_id: str) -> str:
+        """The plan's name for the piece of noise behind a task."""
+        return self._graph.tasks[task_id].label or task_id
+
+    def _replan(self, cause: str) -> None:
+        self._replanning = True
+        self._do(Replan(cause))
 
     def _owner_of(self, path: str) -> str:
         """The task whose artifact or saved state lies at this path, "" if that is not known."""
@@ -480,6 +510,9 @@ class Machine:
             record = self._commits.pop(invalid_id)
             self._write(Invalidated(invalid_id, record.attempt, record.epoch, reason))
         self._graph.undo(bad)
+        if any(task_id in self._graph.tasks and self._graph.tasks[task_id].locked for task_id in bad):
+            # A lock without its bytes is over: the plan has a task that can be run instead.
+            self._replan(bad_task_id)
         if bad_task_id in self._graph.tasks and (final := self._given_up(bad_task_id)):
             self._give_up(bad_task_id, final)
 
@@ -497,7 +530,7 @@ class Machine:
     # Scheduling
 
     def _schedule(self) -> None:
-        if self._ending is not None or (self._outage and self._clock_s < self._outage.until_s):
+        if self._replanning or self._ending is not None or (self._outage and self._clock_s < self._outage.until_s):
             return
         usable = self._crew.usable()
         self._demand = None
@@ -551,27 +584,52 @@ class Machine:
             attempt_path=f"attempts/{task.id}/{log.attempts + 1:04d}-{self.epoch}",
             partial=log.partial,
         )
-        self._write(AttemptStarted(task.id, order.attempt, self.epoch, worker.worker_id, worker.node_id))
+        self._write(AttemptStarted(task.id, order.attempt, self.epoch, worker.worker_id, worker.node_id, worker.host))
         self._jobs[task.id] = Job(order, worker.worker_id, worker.node_id, self._clock_s)
         worker.task_id = task.id
         self._do(Dispatch(worker.worker_id, order))
 
+    # What people ask for
+
+    def _on_asked(self, request: Request) -> None:
+        entries = entries_for(request, self._state, self._graph.tasks.values(), self.epoch)
+        for entry in entries:
+            self._write(entry)
+        if not entries:
+            return
+        self._note(f"{request.kind} asked for")
+        match request.kind:
+            case "pause":
+                self._stop(STOP_CODES["pause"], "paused on request; `longtake render` goes on")
+            case "cancel":
+                self._stop(STOP_CODES["cancel"], "cancelled on request; what is committed is kept", grace_s=0.0)
+            case "retry":
+                self._revive()
+            case _:
+                self._replan(request.id)
+
+    def _revive(self) -> None:
+        """Tasks given up may be tried again."""
+        self._failures.clear()
+        self._not_before_s.clear()
+        self._graph.killed.clear()
+        self._graph.rebuild()
+
     # The end
 
-    def _on_stop(self, exit_code: int) -> None:
+    def _stop(self, exit_code: int, message: str, grace_s: float | None = None) -> None:
         first = self._ending is None or self._ending.until_s is None
-        self._ending = _Ending(exit_code, "stopped on request", self._clock_s + self._timeouts.stop_s)
+        grace_s = self._timeouts.stop_s if grace_s is None and first else grace_s or 0.0
+        self._ending = _Ending(exit_code, message, self._clock_s + grace_s)
         if first and self._jobs:
             self._do(StopWorkers(tuple(job.worker_id for job in self._jobs.values())))
-        elif not first:
-            self._ending.until_s = self._clock_s
 
     def _end(self, exit_code: int, message: str) -> None:
         if self._ending is None:
             self._ending = _Ending(exit_code, message, None)
 
     def _conclude(self) -> None:
-        if self._committing:
+        if self._committing or self._replanning:
             return
         if not self._graph.wanted:
             self._finish(0, "done")
@@ -590,7 +648,7 @@ class Machine:
         others = f" (and {len(self._failures) - 1} more)" if len(self._failures) > 1 else ""
         task = self._graph.tasks.get(task_id)
         label = (task.label if task else "") or task_id
-        self._finish(fault.exit_code, f"{label}: {fault.message}{others}. `longtake retry` tries again")
+        self._finish(fault.exit_code, f"{label}: {fault.message}{others}. `longtake retry` gives it a new budget")
 
     def _finish(self, exit_code: int, message: str) -> None:
         if self._refresh_due:
@@ -601,9 +659,9 @@ class Machine:
     # What a person sees
 
     @property
-    def redo(self) -> Mapping[str, int]:
-        """Redo generations as journalled so far: the overrides to plan under."""
-        return self._state.redo
+    def overrides(self) -> Overrides:
+        """What is journalled so far: what to plan under."""
+        return replace(self._state, commits=self._commits).overrides
 
     def _tally(self, task_id: str, record: CommitRecord) -> None:
         task = self._graph.tasks[task_id]

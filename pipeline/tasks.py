@@ -41,6 +41,7 @@ class Task:
     `params` holds everything that matters to the result and nothing else; it is hashed into `id` together with
     `kind`, `inputs` (upstream task ids, ordered, the actor refers to them by position) and the recipe version.
     `label`, `shot_id`, `index`, `priority` and `work` are for people and the scheduler and are not hashed.
+    A `locked` task carries the id that its bytes were committed under, which need not be that of its params.
     """
 
     id: str
@@ -55,6 +56,8 @@ class Task:
     """Lower runs first among ready tasks of the same role."""
     work: float = 0.0
     """Expected seconds on the reference worker of the plan."""
+    locked: bool = False
+    """Stands for what was committed once; never run: without its bytes the plan has another task instead."""
 
     @staticmethod
     def identify(kind: TaskKind, params: Mapping[str, Any], inputs: tuple[str, ...]) -> str:

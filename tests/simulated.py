@@ -3,7 +3,8 @@
 The real plan, machine, carrier and ledger run in it. The world plays everything else and breaks it: it
 crashes the driver before and after any store operation, starts a second driver in the middle of one, loses
 workers and nodes, lets lost workers go on and answer late, delays, doubles and reorders events, loses the
-store's answers, fills the disk, flips bits, tears records, lets the clock jump and asks renders to stop.
+store's answers, fills the disk, flips bits, tears records, lets the clock jump, asks renders to stop, and lets
+people pause, cancel and retry them, have parts made again, and start over.
 
 What must hold is checked as it happens (`World.require`) and at the end (`World.check_end`).
 """
@@ -19,11 +20,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pipeline.carrier import carry_out
 from pipeline.errors import LongtakeError, StoreError, StoreFull
 from pipeline.events import (
+    Asked,
     Event,
     Fault,
     NodeDraining,
@@ -39,18 +41,23 @@ from pipeline.events import (
     fault_of,
 )
 from pipeline.facts import CheckpointFacts, Facts
-from pipeline.journal import AttemptStarted, TaskReset, entry_from_json
+from pipeline.journal import AttemptStarted, RedoRequested, RequestTaken, TaskReset, entry_from_json
 from pipeline.lease import Owner, lease_path
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, LedgerState
 from pipeline.machine import Budgets, Machine, Timeouts
 from pipeline.plan import Plan, plan_film
 from pipeline.records import TornRecord, commit_from_json, unseal
+from pipeline.requests import Request, RequestKind, entries_for, new_requests, put_request
 from pipeline.spec import parse_spec
 from pipeline.store import Store, StoredFile, check_artifact, corrupt
 from pipeline.tasks import ArtifactFile, Order, Produced, Role
 
 T = TypeVar("T")
 TICK_S = 5.0
+REQUESTS: tuple[RequestKind, ...] = ("pause", "cancel", "retry", "redo", "redo", "redo")
+Plot = RequestKind | Literal["fresh", ""]
+ASKED_AFTER = 3
+"""Commits after which the person of a world with a plot asks."""
 LIMIT_S = 500_000.0
 MOST_RUNS = 120
 TIMEOUTS = Timeouts(text_s=100, source_s=100, segment_s=150, window_s=150, encode_s=100, film_s=100, load_s=200)
@@ -89,6 +96,8 @@ class Troubles:
     stop: float = 0.0
     drain: float = 0.0
     quality: float = 0.0
+    asked: float = 0.0
+    fresh: float = 0.0
 
     @staticmethod
     def draw(rng: random.Random) -> Troubles:
@@ -99,6 +108,7 @@ class Troubles:
             "worker_loss": 0.05, "node_loss": 0.3, "zombie": 0.5, "hang": 0.03, "task_fault": 0.05,
             "load_fault": 0.1, "short_write": 0.03, "bit_flip": 0.02, "torn_record": 0.02, "late": 0.1,
             "twice": 0.1, "clock_jump": 0.02, "stop": 0.01, "drain": 0.3, "quality": 0.02,
+            "asked": 0.02, "fresh": 0.2,
         }  # fmt: skip
         for name, rate in rates.items():
             if rng.random() < 0.4:
@@ -147,6 +157,10 @@ def true_artifacts(number: int, redo: tuple[tuple[str, int], ...]) -> Mapping[st
     for task in plan_of(number, redo).tasks.values():
         made[task.id] = artifact_of(task.id, (made[input_id] for input_id in task.inputs))
     return made
+
+
+def _redo(state: LedgerState) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(state.redo.items()))
 
 
 class SimStore(Store):
@@ -351,6 +365,7 @@ class Driver:
         self.redo: tuple[tuple[str, int], ...] = ()
         self.loaded: set[str] = set()
         self.committed: set[str] = set()
+        self.heard: set[str] = set()
         self.machine: Machine | None = None
         self.store = SimStore(world, self)
         self.ledger = Ledger(self.store, clock=lambda: world.time_s, sleep=world.sleep, owner=Owner(self.name, number))
@@ -360,20 +375,23 @@ class Driver:
         """Whether a later lease was taken, were it by a driver that crashed in the same moment."""
         return lease_path(self.ledger.epoch + 1) in self.world.files
 
-    def start(self, *, retry: bool) -> None:
+    def start(self, *, retry: bool, fresh: bool) -> None:
         """Run the command. `retry`: forgive what was charged to tasks first, as a person would ask."""
-        self._guard(lambda: self._start(retry))
+        self._guard(lambda: self._start(retry, fresh))
 
-    def _start(self, retry: bool) -> None:
+    def _start(self, retry: bool, fresh: bool) -> None:
         epoch = self.ledger.take_lease(watch_s=0)
-        self.ledger.pin_numerics({"torch": "1"})
+        if fresh:
+            self.ledger.start_over()
         state = self.ledger.load()
+        self.ledger.pin_numerics({"torch": "1"})
         if retry:
-            failed = [TaskReset(task_id) for task_id in state.logs if task_id not in state.commits]
+            labels = {task.id: task.label for task in plan_of(self.world.film, _redo(state)).tasks.values()}
+            failed = [TaskReset(i, labels.get(i, "")) for i in state.logs if i not in state.commits]
             self.ledger.journal(failed)
             for entry in failed:
                 state.apply(entry)
-        self.redo = tuple(sorted(state.redo.items()))
+        self.redo = _redo(state)
         self.world.spread_taint()
         tasks = plan_of(self.world.film, self.redo).tasks
         budgets = Budgets(quality=50, invalidations=50)
@@ -391,11 +409,24 @@ class Driver:
             return
         if self.world.strikes("clock_jump"):
             self.world.offset_s += self.world.rng.choice([-3600.0, 3600.0])
+        if self.world.strikes("asked"):
+            self.world.ask(self.world.rng.choice(REQUESTS))
+        self._guard(self.hear)
         if self.world.strikes("stop"):
             code = self.world.rng.choice([75, 130])
             self.world.after(0, lambda: self.feed(StopRequested(self.world.now(), code)))
         self.feed(Tick(self.world.now()))
         self.world.after(TICK_S, self.tick)
+
+    def hear(self) -> None:
+        """Look for requests, as the orchestrator does; an answer that is lost is asked for again."""
+        try:
+            found = new_requests(self.store, self.ledger.epoch, self.heard)
+        except StoreError:
+            return
+        for request in found:
+            self.heard.add(request.id)
+            self.world.after(0, lambda request=request: self.feed(Asked(self.world.now(), request)))  # type: ignore[misc]
 
     def feed(self, event: Event) -> None:
         """Handle an event, now or, if this driver is in the middle of another, a little later."""
@@ -467,9 +498,9 @@ class Driver:
     def refresh(self) -> None:
         self.world.refreshes += 1
 
-    def replan(self, task_id: str) -> None:
+    def replan(self, cause: str) -> None:
         assert self.machine is not None
-        self.redo = tuple(sorted(self.machine.redo.items()))
+        self.redo = tuple(sorted(self.machine.overrides.redo.items()))
         self.world.spread_taint()
         self.machine.replace_plan(plan_of(self.world.film, self.redo).tasks)
 
@@ -487,11 +518,15 @@ class Driver:
 
 @dataclass
 class World:
-    """One seed's world. `crash_at`: crash at exactly this store boundary of the run and nowhere else."""
+    """One seed's world. `crash_at`: crash at exactly this store boundary of the run and nowhere else.
+
+    `plot`: what a person asks for when the first few tasks are committed; `fresh`: pause, then start over.
+    """
 
     seed: int
     crash_at: int | None = None
     verbose: bool = False
+    plot: Plot = ""
     files: dict[str, bytes] = field(default_factory=dict)
     time_s: float = 0.0
     offset_s: float = 0.0
@@ -510,6 +545,9 @@ class World:
         self.nodes = self.rng.choice([1, 2, 3])
         self.troubles = Troubles.draw(self.rng) if self.crash_at is None else Troubles(left=0)
         self.drivers: list[Driver] = []
+        self.requests: list[tuple[int, Request]] = []
+        """Those a person has left, with the epoch they are addressed to."""
+        self._plot_due = bool(self.plot)
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._events = 0
         self._nesting = 0
@@ -578,6 +616,50 @@ class World:
                 break
         self._nesting -= 1
 
+    # People
+
+    def ask(self, kind: RequestKind) -> None:
+        """A person leaves a request for whoever renders now."""
+        driver = self.drivers[-1]
+        entries: tuple[RedoRequested, ...] = ()
+        if kind == "redo":
+            tasks = plan_of(self.film, driver.redo).tasks.values()
+            label = self.rng.choice([task.label for task in tasks if task.kind in ("segment", "window")])
+            entries = (RedoRequested(label, 1, "again", asked=True),)
+        request = Request(f"{len(self.requests):04d}", kind, entries)
+        self.trace(f"somebody asks: {kind} {[entry.scope for entry in entries]}")
+        if driver.ledger.epoch:
+            put_request(SimStore(self, None), driver.ledger.epoch, request)
+            self.requests.append((driver.ledger.epoch, request))
+
+    def take_in_late(self) -> None:
+        """What nobody has heard of before its render ended, the person's own command journals."""
+        person = Ledger(SimStore(self, None), clock=lambda: self.time_s, owner=Owner("person", 0))
+        state = person.load()
+        plan = plan_of(self.film, _redo(state))
+        left = [r for epoch, r in self.requests if r.id not in state.requests and r.kind in ("retry", "redo")]
+        if left:
+            person.take_lease(watch_s=0)
+        for request in left:
+            entries = entries_for(request, state, plan.tasks.values(), person.epoch)
+            person.journal(entries)
+            for entry in entries:
+                state.apply(entry)
+
+    def _check_requests(self, state: LedgerState, ledger: Ledger) -> None:
+        """Every request was taken in once, and every redo that was asked for raised its generation once."""
+        history = [entry for _, entry in ledger.history()]
+        taken = [entry.request_id for entry in history if isinstance(entry, RequestTaken)]
+        self.require(len(taken) == len(set(taken)), "a request was taken in twice")
+        asked = sum(len(request.entries) for _, request in self.requests)
+        redone = [entry for entry in history if isinstance(entry, RedoRequested)]
+        self.require(asked == sum(entry.asked for entry in redone), "a redo was lost or done twice")
+        if not state.cut:
+            counts = Counter(entry.scope for entry in redone)
+            self.require(counts == Counter(state.redo), "generations and redos differ in number")
+        for record in state.commits.values():
+            self.require(record.epoch >= state.cut, "something from before starting over counts")
+
     def _damage(self, folder: str, *, flip: bool) -> None:
         """Flip a bit of an artifact, or shorten a record, of something committed."""
         committed = sorted({task_of(path) for path in self.commit_paths()})
@@ -645,6 +727,9 @@ class World:
             self._check_commit(data)
             if isinstance(actor, Driver):
                 actor.committed.add(task_of(path))
+            if self._plot_due and len(self.commit_paths()) >= ASKED_AFTER:
+                self._plot_due = False
+                self.after(0, lambda: self.ask("pause" if self.plot == "fresh" else self.plot or "pause"))
         self.files[path] = data
         return True
 
@@ -694,7 +779,8 @@ class World:
         """The film is the fault-free one, everything is there, and the ledger agrees with the bytes."""
         ledger = Ledger(SimStore(self, None), owner=Owner("checker", 0))
         state = ledger.load()
-        redo = tuple(sorted(state.redo.items()))
+        self._check_requests(state, ledger)
+        redo = _redo(state)
         plan, truth = plan_of(self.film, redo), true_artifacts(self.film, redo)
         for task_id, record in state.commits.items():
             if task_id in truth and task_id not in self.tainted:
@@ -707,21 +793,23 @@ class World:
 
     # Running
 
-    def begin_driver(self, *, retry: bool) -> None:
+    def begin_driver(self, *, retry: bool, fresh: bool = False) -> None:
         driver = Driver(self, len(self.drivers) + 1)
         self.drivers.append(driver)
-        driver.start(retry=retry)
+        driver.start(retry=retry, fresh=fresh)
 
     def run(self) -> World:
         """Run the command again and again until the film is there; then check."""
         retry = False
-        for _ in range(MOST_RUNS):
+        for run in range(MOST_RUNS):
             self.full = False
-            self.begin_driver(retry=retry)
+            fresh = (self.plot == "fresh" and run == 1) or (run > 0 and self.strikes("fresh"))
+            self.begin_driver(retry=retry, fresh=fresh)
             while not (self.drivers[-1].dead or self.drivers[-1].outcome) and self.step():
                 pass
             code, message = self.drivers[-1].outcome or (137, "crashed")
-            if code == 0:
+            self.take_in_late()
+            if code == 0 and not self._film_missing():
                 break
             retry = "longtake retry" in message
             self.time_s += self.rng.uniform(1, 100)
@@ -731,6 +819,11 @@ class World:
         if self.tainted:
             self._repair()
         return self
+
+    def _film_missing(self) -> bool:
+        """Whether a redo that came late has made the film another one."""
+        state = Ledger(SimStore(self, None), owner=Owner("checker", 0)).load()
+        return plan_of(self.film, _redo(state)).film_task_id not in state.commits | dict.fromkeys(self.tainted)
 
     def _let_zombies_end(self) -> None:
         """Drivers that were taken over, and workers thought lost, do what they still can."""

@@ -55,7 +55,7 @@ class Studio:
         self.store, self.checkpoint, self.scratch = LocalStore(root / "store"), checkpoint, root / "scratch"
         self.spec: Storyboard = parse_spec(json.dumps(spec))
         known = CheckpointFacts(str(checkpoint), "0" * 64, load_render_facts(checkpoint))
-        self.plan: Plan = make_plan(Recipe(self.spec, Facts(checkpoint=known, **facts)), {})
+        self.plan: Plan = make_plan(Recipe(self.spec, Facts(checkpoint=known, **facts)))
         self.done: dict[str, Produced] = {}
         self.orders = 0
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.orchestrator import Member, Story, first_line, forget, lost_worker
+from cluster.orchestrator import Member, Story, first_line, lost_worker
 from cluster.placement import place_workers
+from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
 from cluster.publish import units_so_far
 from cluster.recipe import Recipe, load_recipe, make_plan
-from cluster.render import default_store, useful_workers
+from cluster.render import useful_workers
 from cluster.session import check_address, is_loopback, sweep_abandoned
 from pipeline.errors import SettingError
 from pipeline.events import PhaseProgress, ProgressSummary
-from pipeline.facts import CheckpointFacts, Facts, RenderFacts
+from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
 from pipeline.spec import parse_spec
 from pipeline.store import LocalStore
 from pipeline.tasks import ArtifactFile, CommitRecord
@@ -59,8 +60,8 @@ def test_more_than_the_cluster_has_is_refused(device: str, workers: int | None, 
 
 
 def test_a_plan_with_one_window_keeps_one_worker_busy() -> None:
-    assert useful_workers(make_plan(recipe(), {})) > 1
-    short = make_plan(recipe(shots=("star",)), {})
+    assert useful_workers(make_plan(recipe())) > 1
+    short = make_plan(recipe(shots=("star",)))
     assert useful_workers(short) == max(short.count("window"), short.count("encode"))
 
 
@@ -103,11 +104,11 @@ def test_a_recipe_comes_back_from_the_store_with_the_same_plan(tmp_path: Path) -
     written.put(store)
     read = load_recipe(store)
     assert read == written
-    assert make_plan(read, {}) == make_plan(written, {})
+    assert make_plan(read) == make_plan(written)
 
 
 def test_redo_generations_change_what_they_name_and_nothing_else() -> None:
-    before, after = make_plan(recipe(), {}), make_plan(recipe(), {"star/segment/0": 1})
+    before, after = make_plan(recipe()), make_plan(recipe(), Overrides(redo={"star/segment/0": 1}))
     kept = before.tasks.keys() & after.tasks.keys()
     assert {task.shot_id for task in before.tasks.values() if task.id in kept} >= {"circle"}
     assert not [
@@ -117,7 +118,7 @@ def test_redo_generations_change_what_they_name_and_nothing_else() -> None:
 
 def test_strip_leaves_the_recipe_out_of_the_film() -> None:
     for strip in (False, True):
-        plan = make_plan(recipe(strip=strip), {})
+        plan = make_plan(recipe(strip=strip))
         assert (plan.tasks[plan.film_task_id].params["recipe"] is None) == strip
 
 
@@ -125,20 +126,6 @@ def test_the_default_store_is_named_after_the_title_or_the_file() -> None:
     assert default_store(recipe().spec, Path("x/film.yaml")) == "renders/two"
     untitled = parse_spec(json.dumps({"shots": [{"duration": "1s", "prompt": "a"}]}))
     assert default_store(untitled, Path("x/My Film!.yaml")) == "renders/my-film"
-
-
-def test_starting_over_forgets_everything_but_the_leases(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    for path in (
-        "commits/a.json",
-        "journal/00000001-00000000.json",
-        "attempts/a/0001-1/x",
-        "lease/00000001.json",
-        "numerics.json",
-    ):
-        store.write_attempt(path, b"x")
-    forget(store)
-    assert [file.path for file in store.list()] == ["lease/00000001.json"]
 
 
 # Events and what is shown of them
@@ -208,7 +195,7 @@ def test_times_are_short(seconds: float, text: str) -> None:
 
 
 def test_the_film_so_far_ends_at_the_first_gap() -> None:
-    plan = make_plan(recipe(), {})
+    plan = make_plan(recipe())
     film = plan.tasks[plan.film_task_id]
     record = CommitRecord("x", 1, 1, (ArtifactFile("unit.mp4", "p", 1, "0"),), {})
     have = {film.inputs[0]: record, film.inputs[2]: record}

@@ -22,6 +22,11 @@ from pipeline.journal import (
     NumericsMixed,
     PartialSaved,
     RedoRequested,
+    RequestTaken,
+    ShotLocked,
+    ShotUnlocked,
+    StartedOver,
+    TakePicked,
     TaskLog,
     TaskReset,
     entry_from_json,
@@ -108,7 +113,12 @@ ENTRIES: list[JournalEntry] = [
     PartialSaved("segment-1", 1, 2, 0, None),
     Invalidated("segment-1", 1, 2, "flipped"),
     RedoRequested("a/segment/0", 1, "grey"),
-    TaskReset("segment-1"),
+    TaskReset("segment-1", "a/segment/0"),
+    RequestTaken("r1", "pause", 3),
+    StartedOver(3),
+    TakePicked("a", 2),
+    ShotLocked("a", {"0" * 64: "segment-1"}, ("a/segment/0",)),
+    ShotUnlocked("a"),
     NumericsMixed(("torch: 1, now 2",)),
 ]
 
@@ -403,6 +413,58 @@ def test_a_commit_computed_from_other_bytes_than_those_committed_does_not_count(
     state = Ledger(store).load()
     assert set(state.commits) == {"text-1"}
     assert "computed from other bytes of text-1" in state.problems[0]
+
+
+# Starting over
+
+
+def test_after_starting_over_nothing_older_counts_and_nothing_is_deleted(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    _film(ledger)
+    ledger.journal([RedoRequested("a/segment/0", 1, "grey"), TakePicked("a", 2)])
+    ledger.pin_numerics({"torch": "1"})
+    before = store.list()
+    again = _ledger(store, "next")
+    again.start_over()
+    state = again.load()
+    assert (state.commits, state.logs, state.redo, state.picked, state.problems) == ({}, {}, {}, {}, ())
+    assert again.pin_numerics({"torch": "2"}) == (), "another record may be pinned"
+    assert {file.path for file in before} <= {file.path for file in store.list()}
+    text = _commit(again, "text-1")
+    assert text.epoch == 2
+    assert Ledger(store).load().commits == {"text-1": text}
+    assert Ledger(store).verify().problems == ()
+
+
+def test_starting_over_is_one_write_so_that_a_crash_leaves_all_or_nothing(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _film(_ledger(store))
+    again = _ledger(store, "next", outage_s=0.0)
+    created: list[str] = []
+    create = store.create_if_absent
+    monkeypatch.setattr(store, "create_if_absent", lambda path, data: created.append(path) or create(path, data))
+    again.start_over()
+    assert created == ["journal/00000002-00000001.json"]
+    store.delete(created[0])
+    assert len(Ledger(store).load().commits) == 5
+
+
+def test_who_was_taken_over_cannot_bring_back_what_was_forgotten(store: LocalStore) -> None:
+    """Its commit lands under the first name just before, or just after, its successor commits the same task."""
+    for landed_first in (True, False):
+        task_id = f"text-{int(landed_first)}"
+        late = _ledger(store, f"late{landed_first}")
+        _begin(late, task_id)
+        record = _produce(late, task_id, b"old bytes")
+        successor = _ledger(store, f"successor{landed_first}")
+        successor.start_over()
+        if landed_first:
+            store.create_if_absent(f"commits/{task_id}.json", seal(commit_to_json(record)))
+        mine = _commit(successor, task_id)
+        if not landed_first:
+            assert not store.create_if_absent(f"commits/{task_id}.json", seal(commit_to_json(record)))
+        assert Ledger(store).load().commits[task_id] == mine
 
 
 # Numerics

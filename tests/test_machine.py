@@ -21,6 +21,7 @@ from pipeline.errors import (
 )
 from pipeline.errors import WorkerLost as WorkerLostError
 from pipeline.events import (
+    Asked,
     AssignRole,
     Command,
     Commit,
@@ -56,9 +57,12 @@ from pipeline.journal import (
     JournalEntry,
     PartialSaved,
     RedoRequested,
+    RequestTaken,
+    TaskReset,
 )
 from pipeline.ledger import LedgerState
 from pipeline.machine import Budgets, Machine, Timeouts
+from pipeline.requests import Request
 from pipeline.store import corrupt
 from pipeline.tasks import ArtifactFile, CommitRecord, Order, Produced, Role, Task, TaskKind
 
@@ -784,7 +788,7 @@ def test_output_refused_by_the_gate_is_planned_again_with_a_recorded_generation(
     assert studio.of(Replan) == [Replan(studio.id_of("a/segment/0"))]
     assert RedoRequested("a/segment/0", 1, "grey") in studio.entries
     assert not studio.running, "nothing before there is a new plan"
-    assert studio.machine.redo == {"a/segment/0": 1}
+    assert studio.machine.overrides.redo == {"a/segment/0": 1}
     prompt, empty = (task for task in first.values() if task.kind == "text")
     segment = task("segment", "a/segment/0", [prompt], priority=1)
     changed = dataclasses.replace(segment, id=segment.id + "-redo")
@@ -792,6 +796,157 @@ def test_output_refused_by_the_gate_is_planned_again_with_a_recorded_generation(
     studio.machine.replace_plan(studio.tasks)
     studio.feed(Tick(1.0))
     assert studio.running["a/segment/0"][1].task is changed
+    assert studio.run().exit_code == 0
+
+
+def refuse_generation(studio: Studio, generation: int) -> list[Command]:
+    """The gate refuses the chain's only segment; under the new plan it is another task."""
+    commands = studio.fails("a/segment/0", fault_of(QualityError("grey")))
+    if studio.machine.overrides.redo.get("a/segment/0") == generation:
+        prompt, empty = (one for one in film(segments=1).values() if one.label in ("prompt", "empty"))
+        changed = dataclasses.replace(task("segment", "a/segment/0", [prompt]), id=f"segment-redo{generation}")
+        studio.tasks = {one.id: one for one in (prompt, empty, changed)}
+        studio.machine.replace_plan(studio.tasks)
+        studio.feed(Tick(studio.now_s))
+    return commands
+
+
+def test_the_gate_has_a_task_made_again_twice_and_then_the_render_fails_with_its_code() -> None:
+    studio = Studio(film(segments=1))
+    studio.join("w1")
+    studio.done("prompt", "empty")
+    refuse_generation(studio, 1)
+    refuse_generation(studio, 2)
+    refuse_generation(studio, 3)
+    finish = studio.of(Finish)[0]
+    assert finish.exit_code == 4
+    assert "refused by the gate 3 times: grey" in finish.message
+    again = Studio(studio.tasks, studio.state(), epoch=2)
+    assert again.of(Finish)[0].exit_code == 4, "and the next run does not begin it again"
+
+
+def test_a_redo_by_a_person_gives_the_gate_its_budget_back() -> None:
+    state = LedgerState()
+    for generation in (1, 2):
+        state.apply(RedoRequested("a/segment/0", generation, "grey"))
+    assert state.refusals == {"a/segment/0": 2}
+    state.apply(RedoRequested("a/segment/0", 3, "on request", asked=True))
+    assert (state.refusals, state.redo) == ({"a/segment/0": 0}, {"a/segment/0": 3})
+
+
+# What people ask for
+
+
+def asked(studio: Studio, kind: Any, *entries: JournalEntry, request_id: str = "r1") -> list[Command]:
+    return studio.feed(Asked(studio.now_s, Request(request_id, kind, entries)))
+
+
+def test_a_pause_lets_orders_save_and_ends_as_a_stop_does() -> None:
+    studio = Studio(film())
+    studio.join("w1")
+    commands = asked(studio, "pause")
+    assert RequestTaken("r1", "pause", 1) in studio.entries
+    assert kinds(commands, StopWorkers) and not kinds(commands, Finish)
+    saved = artifact("partials/x/8.bin")
+    commands = studio.fails("prompt", fault_of(Interrupted()), partial=saved, steps=8)
+    assert kinds(commands, Finish)[0].exit_code == 75  # type: ignore[attr-defined]
+    assert studio.state().stopped == (1, "pause")
+
+
+def test_a_cancel_waits_for_nobody_and_charges_nobody() -> None:
+    studio = Studio(film())
+    studio.join("w1")
+    commands = asked(studio, "cancel")
+    assert kinds(commands, Finish)[0].exit_code == 130  # type: ignore[attr-defined]
+    assert [failure.kind for failure in studio.failures()] == ["interrupted"]
+    assert studio.state().stopped == (1, "cancel")
+
+
+def test_a_retry_revives_what_was_given_up_while_the_rest_goes_on() -> None:
+    studio = Studio(film(chains=2, segments=1))
+    studio.join("w1@n", "w2@n")
+    studio.done("prompt", "empty")
+    for _ in range(4):
+        studio.fails("a/segment/0", HICCUP)
+        studio.wait(60)
+    assert "a/segment/0" not in studio.running, "given up"
+    asked(studio, "retry")
+    assert TaskReset(studio.id_of("a/segment/0"), "a/segment/0") in studio.entries
+    assert "a/segment/0" in studio.running
+    assert studio.run().exit_code == 0
+
+
+def test_a_request_that_comes_twice_is_taken_in_once() -> None:
+    studio = Studio(film(segments=1))
+    redo = RedoRequested("a/segment/0", 1, "on request", asked=True)
+    asked(studio, "redo", redo)
+    asked(studio, "redo", redo)
+    assert studio.machine.overrides.redo == {"a/segment/0": 1}
+    again = Studio(film(segments=1), studio.state(), epoch=2)
+    asked(again, "redo", redo)
+    assert not again.entries, "nor by the next run"
+
+
+def test_a_redo_takes_the_next_generation_even_if_it_rose_since_it_was_asked() -> None:
+    state = LedgerState()
+    state.apply(RedoRequested("a/segment/0", 4, "grey"))
+    studio = Studio(film(segments=1), state)
+    asked(studio, "redo", RedoRequested("a/segment/0", 1, "on request", asked=True))
+    assert studio.machine.overrides.redo == {"a/segment/0": 5}
+
+
+def test_after_a_redo_nothing_is_sent_before_the_new_plan_is_there_and_what_it_lacks_is_stopped() -> None:
+    studio = Studio(film(segments=2))
+    studio.join("w1")
+    studio.done("prompt", "empty")
+    worker, order = studio.running["a/segment/0"]
+    commands = asked(studio, "redo", RedoRequested("a/segment/0", 1, "on request", asked=True))
+    assert kinds(commands, Replan) == [Replan("r1")]
+    studio.join("w2")
+    assert not studio.of(Dispatch)[3:], "only the two texts and the segment were sent"
+    kept = {one.id: one for one in studio.tasks.values() if one.kind == "text"}
+    changed = dataclasses.replace(order.task, id="segment-redo")
+    studio.tasks = {**kept, changed.id: changed}
+    studio.machine.replace_plan(studio.tasks)
+    commands = studio.feed(Tick(studio.now_s))
+    assert StopWorkers((worker,)) in commands
+    studio.fails("a/segment/0", fault_of(Interrupted()))
+    assert studio.running["a/segment/0"][1].task is changed
+
+
+def test_a_locked_task_whose_bytes_are_gone_is_planned_anew_and_never_run() -> None:
+    tasks = film(segments=1)
+    segment = next(one for one in tasks.values() if one.kind == "segment")
+    tasks[segment.id] = dataclasses.replace(segment, locked=True)
+    record = CommitRecord(segment.id, 1, 1, (artifact(f"attempts/{segment.id}/0001-1/out.bin"),), {})
+    studio = Studio(tasks, LedgerState({segment.id: record}))
+    studio.join("w1")
+    studio.done("prompt", "empty") if "prompt" in studio.running else studio.done("empty")
+    bad = fault_of(corrupt(record.files[0].path, "a bit flipped"))
+    commands = studio.fails("a/window/0", bad)
+    assert kinds(commands, Replan) == [Replan(segment.id)]
+    assert "a/segment/0" not in studio.running
+
+
+def test_a_run_saves_and_stops_at_its_deadline() -> None:
+    studio = Studio(film(), deadline_s=60.0)
+    studio.join("w1")
+    studio.wait(55)
+    assert not studio.of(StopWorkers)
+    studio.wait(30)
+    finish = studio.of(Finish)[0]
+    assert finish.exit_code == 75
+    assert "deadline" in finish.message
+
+
+def test_within_the_deadline_a_lost_machine_may_cost_any_number_of_attempts() -> None:
+    studio = Studio(film(), deadline_s=10_000.0)
+    for number in range(40):
+        studio.join(f"w{number}")
+        worker, _ = studio.running["prompt"]
+        studio.feed(WorkerLost(studio.now_s, worker, "preempted", node_lost=True))
+    studio.join("last")
+    assert studio.running["prompt"][1].attempt == 41
     assert studio.run().exit_code == 0
 
 

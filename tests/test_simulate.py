@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from tests.simulate import every_boundary, main
-from tests.simulated import Violation, World
+from tests.simulate import PLOTS, every_boundary, main
+from tests.simulated import Plot, Violation, World
 
 SEEDS = 200
 
@@ -27,6 +27,15 @@ def test_a_crash_at_any_store_boundary_loses_and_doubles_nothing() -> None:
         world.run()
     restarts = sum(len(world.drivers) == 2 for world in worlds)
     assert restarts > len(worlds) / 2, "the others are crashes of a worker"
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_a_crash_at_any_boundary_around_a_persons_request_loses_and_doubles_nothing(plot: Plot) -> None:
+    worlds = every_boundary(2, plot)
+    assert len(worlds) > 50
+    for world in worlds:
+        world.run()
+        assert world.requests, "somebody must have asked"
 
 
 def test_a_violation_is_reported_with_a_way_to_see_it_again(

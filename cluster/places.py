@@ -1,0 +1,27 @@
+"""Where a render lies: its store, found by its storyboard, by its film or by its own folder or address."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cluster.probe import load_storyboard
+from pipeline.spec import Storyboard
+from pipeline.store import Store, open_store
+
+STORYBOARD_SUFFIXES = (".yaml", ".yml", ".json", ".mp4", ".mov", ".mkv")
+
+
+def open_render(place: str, store: str | None) -> Store:
+    """The store of a render, by its storyboard or by its own place. Raises SettingError."""
+    path = Path(place)
+    if store is None and "://" not in place and path.suffix.lower() in STORYBOARD_SUFFIXES:
+        return open_store(default_store(load_storyboard(path), path))
+    return open_store(store or place)
+
+
+def default_store(spec: Storyboard, storyboard: Path) -> str:
+    """`renders/<slug>` of the title, or of the file's name where there is no title."""
+    name = spec.title if spec.title != Storyboard.model_fields["title"].default else storyboard.stem
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+    return str(Path("renders") / (slug or "film"))
