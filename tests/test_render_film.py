@@ -352,3 +352,16 @@ def test_a_disk_that_fills_up_loses_nothing(other: Path, film: Film, small_disk:
     rest = render(other, "film.yaml", "--store", str(small_disk / "short"))
     assert rest.code == 0, rest.err
     assert digest(other / "out/short.mp4") == digest(film.path)
+
+
+def test_a_film_of_twelve_shots_of_two_seconds(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    words = ("circle", "square", "star")
+    shots = [{"duration": "2s", "prompt": f"a red {words[i % 3]} moves left over snow"} for i in range(12)]
+    for shot in shots[3::4]:
+        shot["transition"] = {"crossfade": "0.5s"}  # type: ignore[assignment]
+    film = storyboard(tiny_checkpoint) | {"title": "Twelve", "shots": shots, "output": {"path": "twelve.mp4"}}
+    (tmp_path / "film.yaml").write_text(yaml.safe_dump(film))
+    done = render(tmp_path, "film.yaml")
+    assert done.code == 0, done.err
+    frames = 12 * 60 - 3 * 15
+    verify_video(tmp_path / "twelve.mp4", frames=frames, size_px=(64, 128), fps=Fraction(30), ffmpeg=find_ffmpeg())
