@@ -95,7 +95,7 @@ def print_pause(place: str, store: str | None, *, as_json: bool) -> int:
     if running(render) is None:
         done = _is_finished(render, plan)
         said = "is finished" if done else "is not running; `longtake render` goes on with it"
-        return _say(render, "finished" if done else "not running", said, as_json)
+        return say(render, "finished" if done else "not running", said, as_json)
     return _stop(render, plan, "pause", as_json)
 
 
@@ -104,7 +104,7 @@ def print_cancel(place: str, store: str | None, *, as_json: bool) -> int:
     render = open_render(place, store)
     plan = make_plan(load_recipe(render), Ledger(render).load().overrides)
     if running(render) is None and _is_finished(render, plan):
-        return _say(render, "finished", "is finished: there is nothing to cancel", as_json)
+        return say(render, "finished", "is finished: there is nothing to cancel", as_json)
     return _stop(render, plan, "cancel", as_json)
 
 
@@ -117,11 +117,11 @@ def _stop(render: Store, plan: Plan, kind: Literal["pause", "cancel"], as_json: 
         time.sleep(LOOK_S)
         waited_s += LOOK_S
     if _is_finished(render, plan):
-        return _say(render, "finished", f"was finished before the {kind}", as_json)
+        return say(render, "finished", f"was finished before the {kind}", as_json)
     if kind == "pause":
-        return _say(render, "paused", "is paused; `longtake render` goes on with it", as_json)
+        return say(render, "paused", "is paused; `longtake render` goes on with it", as_json)
     kept = "what is committed is kept; `longtake render` goes on with it"
-    return _say(render, "cancelled", f"is cancelled; {kept}", as_json)
+    return say(render, "cancelled", f"is cancelled; {kept}", as_json)
 
 
 def print_retry(place: str, store: str | None, *, as_json: bool) -> int:
@@ -139,7 +139,7 @@ def print_retry(place: str, store: str | None, *, as_json: bool) -> int:
     labels = [plan.tasks[task_id].label for task_id in reset if task_id in plan.tasks]
     names = f" ({', '.join(labels)})" if labels else ""
     said = f"has new budgets for {len(reset)} tasks{names}; {goes_on}" if reset else "has no failed tasks"
-    return _say(render, "retry", said, as_json, tasks=labels)
+    return say(render, "retry", said, as_json, tasks=labels)
 
 
 def failed_tasks(plan: Plan, state: LedgerState) -> list[str]:
@@ -158,7 +158,7 @@ def _is_finished(store: Store, plan: Plan) -> bool:
     return plan.film_task_id in Ledger(store).load().commits
 
 
-def _say(store: Store, state: str, what: str, as_json: bool, **content: object) -> int:
+def say(store: Store, state: str, what: str, as_json: bool, **content: object) -> int:
     if as_json:
         print(json.dumps({"store": store.url, "state": state, "message": f"{store.url} {what}", **content}))
     else:

@@ -12,8 +12,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import LongtakeError
+
+if TYPE_CHECKING:
+    from cluster.render import RenderRequest
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -53,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_logs(commands)
     _add_requests(commands)
+    _add_versions(commands)
+    _add_gc(commands)
     _add_verify(commands)
     _add_inspect(commands)
     schema = commands.add_parser("schema", help="print the JSON schema of a storyboard")
@@ -77,6 +83,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("storyboard", type=Path, metavar="FILM", help="a storyboard (.yaml) or a film longtake made")
     add("--until", choices=("film", "stage-one"), default="film", help="stop before refinement: stage-one")
     add("--shots", type=_names, default=None, metavar="A,B", help="render these shots only")
+    add("--takes", type=_positive, default=1, metavar="N", help="with --shots: N takes of them, to pick from")
+    add("--redo", action="append", default=[], metavar="FROM-TO", help="make a stretch of the film again: 3:20-3:40")
+    add("--refine-only", action="store_true", help="with --redo: the refinement alone")
     add("--store", default=None, metavar="PLACE", help="folder or s3://, gs://, az:// address of the render")
     add("--json", action="store_true", help="machine-readable output on stdout")
 
@@ -108,7 +117,20 @@ def _add_render(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--threads", type=_positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
     add("--address", default=None, metavar="HOST:PORT", help="join a running Ray cluster")
+    add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="8h", help="save and stop after that")
     parser.set_defaults(command=_render)
+
+
+def _seconds(text: str) -> float:
+    from pipeline.spec_values import parse_duration
+
+    try:
+        seconds = float(parse_duration(text).seconds)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a duration such as 8h or 90m") from error
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no time at all")
+    return seconds
 
 
 def _positive(text: str) -> int:
@@ -147,6 +169,28 @@ def _add_requests(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         parser = commands.add_parser(name, help=text)
         _add_place(parser)
         parser.set_defaults(command=command)
+
+
+def _add_versions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name, command, text in (
+        ("pick", _pick, "choose which take of a shot the film shows"),
+        ("lock", _lock, "keep a finished shot as it is, whatever code and checkpoint come"),
+        ("unlock", _unlock, "plan a locked shot like any other again"),
+    ):
+        parser = commands.add_parser(name, help=text)
+        _add_place(parser)
+        parser.add_argument("shot", metavar="SHOT", help="the shot's id, as `longtake plan` prints it")
+        if name == "pick":
+            parser.add_argument("take", type=_positive, metavar="TAKE", help="its number, from 1")
+        parser.set_defaults(command=command)
+
+
+def _add_gc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("gc", help="delete what nothing needs any more")
+    _add_place(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only say what may be deleted")
+    parser.add_argument("--orphans", action="store_true", help="finished tasks that no present plan needs, too")
+    parser.set_defaults(command=_gc)
 
 
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -208,28 +252,31 @@ def _count(text: str) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from cluster.show import print_plan
 
-    return print_plan(options.storyboard, options.store, until=options.until, shots=options.shots, as_json=options.json)
+    return print_plan(_selected(options))
+
+
+def _selected(options: argparse.Namespace, **more: Any) -> RenderRequest:
+    """What `plan` and `render` are asked for alike."""
+    from cluster.render import RenderRequest
+
+    return RenderRequest(
+        storyboard=options.storyboard,
+        store=options.store,
+        until=options.until,
+        shots=options.shots,
+        takes=options.takes,
+        redo=tuple(options.redo),
+        refine_only=options.refine_only,
+        as_json=options.json,
+        **more,
+    )
 
 
 def _render(options: argparse.Namespace) -> int:
-    from cluster.render import RenderRequest, render
+    from cluster.render import render
 
-    return render(
-        RenderRequest(
-            storyboard=options.storyboard,
-            store=options.store,
-            until=options.until,
-            shots=options.shots,
-            fresh=options.fresh,
-            strip=options.strip,
-            allow_mixed=options.allow_mixed,
-            workers=options.workers,
-            threads=options.threads,
-            device=options.device,
-            address=options.address,
-            as_json=options.json,
-        )
-    )
+    names = ("fresh", "strip", "allow_mixed", "workers", "threads", "device", "address", "deadline_s")
+    return render(_selected(options, **{name: getattr(options, name) for name in names}))
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -260,6 +307,31 @@ def _retry(options: argparse.Namespace) -> int:
     from cluster.ask import print_retry
 
     return print_retry(options.place, options.store, as_json=options.json)
+
+
+def _pick(options: argparse.Namespace) -> int:
+    from cluster.versions import print_pick
+
+    return print_pick(options.place, options.store, options.shot, options.take, as_json=options.json)
+
+
+def _lock(options: argparse.Namespace) -> int:
+    from cluster.versions import print_lock
+
+    return print_lock(options.place, options.store, options.shot, as_json=options.json)
+
+
+def _unlock(options: argparse.Namespace) -> int:
+    from cluster.versions import print_unlock
+
+    return print_unlock(options.place, options.store, options.shot, as_json=options.json)
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from cluster.collect import print_collection
+
+    chosen = {"dry_run": options.dry_run, "orphans": options.orphans}
+    return print_collection(options.place, options.store, **chosen, as_json=options.json)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -38,6 +38,8 @@ class RenderJob:
     fresh: bool = False
     """Forget everything committed before."""
     allow_mixed: bool = False
+    deadline_s: float | None = None
+    """After so many seconds the run saves and stops."""
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class Orchestrator:
         self._commits = dict(state.commits)
         plan = make_plan(self._job.recipe, state.overrides)
         self._job.recipe.put(self._store)
-        self._machine = Machine(plan.tasks, state, epoch=epoch)
+        self._machine = Machine(plan.tasks, state, epoch=epoch, deadline_s=self._job.deadline_s)
         for problem in state.problems:
             self._story.tell("note", message=problem, warning=True)
         return plan

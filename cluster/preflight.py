@@ -8,12 +8,11 @@ compared with the networks it describes in a child process, so that the driver i
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.recipe import Recipe
@@ -23,21 +22,19 @@ from pipeline.media_child import find_ffmpeg
 from pipeline.media_encode import choose_encoder
 from pipeline.plan import Plan
 from pipeline.store import Store
-from pipeline.tasks import RECIPE_VERSION
+from pipeline.tasks import RECIPE_VERSION, Task
+from pipeline.times import format_bytes
 
 CHECK_LIMIT_S = 600.0
 PROBE_FILE = "logs/probe"
-SPARE_BYTES = 64 << 20
-COPIES = 1.5
-"""The film lies there as units, as film, and as film so far; asking a little too much beats a full disk."""
 
 
-def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, done: Collection[str]) -> None:
-    """Raise the first problem that would stop the render later. `done`: tasks that are committed already."""
+def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Sequence[Task]) -> None:
+    """Raise the first problem that would stop the render later. `left`: tasks that will be run."""
     choose_encoder(recipe.spec.output.codec, find_ffmpeg(os.environ.get("LONGTAKE_FFMPEG")))
     check_writable(Path(plan.output_path))
     check_store(store)
-    check_space(plan, store, done)
+    check_space(plan, store, left)
     check_checkpoint(recipe.facts.checkpoint)
 
 
@@ -68,21 +65,14 @@ def check_store(store: Store) -> None:
         raise SettingError(error.message, field="--store", value=store.url, remedy=error.remedy) from error
 
 
-def check_space(plan: Plan, store: Store, done: Collection[str]) -> None:
+def check_space(plan: Plan, store: Store, left: Sequence[Task]) -> None:
     """Whether what is still to be made fits. Raises StoreFull."""
-    free_bytes = store.free_bytes()
-    left = sum(task.work for task in plan.tasks.values() if task.id not in done)
-    share = left / max(plan.estimate.total_s, 1e-9)
-    needed_bytes = math.ceil(SPARE_BYTES + COPIES * share * plan.estimate.disk_bytes)
-    if free_bytes is not None and free_bytes < needed_bytes:
+    free_bytes, needed_bytes = store.free_bytes(), plan.estimate.needed_bytes(left)
+    if left and free_bytes is not None and free_bytes < needed_bytes:
         raise StoreFull(
-            f"{store.url}: {_megabytes(needed_bytes)} are needed, {_megabytes(free_bytes)} are free; "
-            "make room or name another --store. What is committed is kept."
+            f"{store.url}: {format_bytes(needed_bytes)} are needed, {format_bytes(free_bytes)} are free; "
+            "make room (`longtake gc`) or name another --store. What is committed is kept."
         )
-
-
-def _megabytes(size_bytes: int) -> str:
-    return f"{math.ceil(size_bytes / 1e6):,} MB"
 
 
 def check_checkpoint(checkpoint: CheckpointFacts) -> None:

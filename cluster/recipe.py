@@ -18,6 +18,7 @@ from pipeline.facts import CheckpointFacts, Facts, MediaFacts, Overrides, Render
 from pipeline.plan import Plan, Until, plan_film
 from pipeline.spec import Storyboard, parse_spec, recipe_text
 from pipeline.store import Store
+from pipeline.tasks import RECIPE_VERSION
 
 RECIPE_FILE = "recipe.json"
 
@@ -33,6 +34,10 @@ class Recipe:
     strip: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the software, for the film's metadata."""
+    recipe_version: int = RECIPE_VERSION
+    """What longtake computed like when this was written."""
+    takes: int = 1
+    """How many takes of `shots` a preview shows."""
 
     def put(self, store: Store) -> None:
         """Write `recipe.json`."""
@@ -54,7 +59,9 @@ class Recipe:
             "until": self.until,
             "shots": list(self.shots) if self.shots is not None else None,
             "strip": self.strip,
+            "takes": self.takes,
             "versions": dict(self.versions),
+            "recipe_version": RECIPE_VERSION,
             "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
@@ -72,7 +79,9 @@ class Recipe:
         )
         shots = None if value["shots"] is None else tuple(value["shots"])
         spec = parse_spec(json.dumps(value["spec"]), RECIPE_FILE)
-        return cls(spec, facts, value["until"], shots, value["strip"], value["versions"])
+        version = value.get("recipe_version", 1)
+        takes = value.get("takes", 1)
+        return cls(spec, facts, value["until"], shots, value["strip"], value["versions"], version, takes)
 
 
 def load_recipe(store: Store) -> Recipe:
@@ -88,4 +97,4 @@ def make_plan(recipe: Recipe, overrides: Overrides | None = None) -> Plan:
     """The render's plan under what the ledger overrides (`LedgerState.overrides`)."""
     facts = replace(recipe.facts, **vars(overrides or Overrides()))
     text = None if recipe.strip else recipe_text(recipe.spec, recipe.versions)
-    return plan_film(recipe.spec, facts, until=recipe.until, shots=recipe.shots, recipe=text)
+    return plan_film(recipe.spec, facts, until=recipe.until, shots=recipe.shots, recipe=text, takes=recipe.takes)

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
+from cluster.ask import Taken, ask, new_request, running
 from cluster.job import News, Outcome, RenderJob, WorkerSettings
 from cluster.placement import place_workers
 from cluster.places import default_store
@@ -27,13 +28,16 @@ from cluster.preflight import check_before_rendering
 from cluster.probe import load_storyboard, probe_facts
 from cluster.progress import Display, format_seconds, make_display
 from cluster.recipe import Recipe, make_plan
-from pipeline.errors import InputFileError, Interrupted, SettingError
+from pipeline.changes import left_to_do
+from pipeline.errors import InputFileError, Interrupted, SettingError, TransientError
+from pipeline.journal import RedoRequested
 from pipeline.lease import refuse_if_live, this_process
 from pipeline.ledger import Ledger, LedgerState
 from pipeline.media_encode import ENCODER_THREADS
 from pipeline.plan import Plan, Until
+from pipeline.redo import Redo, choose_redo, with_redo
 from pipeline.store import Store, open_store
-from pipeline.tasks import CommitRecord
+from pipeline.tasks import CommitRecord, Task
 
 FOLLOW_S = 0.5
 ANSWER_LIMIT_S = 30.0
@@ -59,6 +63,11 @@ class RenderRequest:
     device: str = "auto"
     address: str | None = None
     as_json: bool = False
+    redo: tuple[str, ...] = ()
+    """Stretches of the film to make again, as written."""
+    refine_only: bool = False
+    takes: int = 1
+    deadline_s: float | None = None
 
 
 @dataclass
@@ -86,8 +95,16 @@ class Prepared:
     recipe: Recipe
     store: Store
     plan: Plan
-    done: frozenset[str]
-    """Tasks of the plan that are committed already."""
+    state: LedgerState
+    """What the store's ledger says; empty for a fresh start."""
+    redo: Redo | None = None
+    before_redo: Plan | None = None
+    """The plan without the redo."""
+
+    @property
+    def left(self) -> list[Task]:
+        """Tasks that will be run."""
+        return left_to_do(self.plan.tasks, self.state)
 
 
 def prepare(request: RenderRequest) -> Prepared:
@@ -100,11 +117,18 @@ def prepare(request: RenderRequest) -> Prepared:
         until=request.until,
         shots=None if request.shots is None else tuple(request.shots),
         strip=request.strip,
+        takes=request.takes,
         versions=software_versions(),
     )
     state = LedgerState() if request.fresh else Ledger(store).load()
     plan = make_plan(recipe, state.overrides)
-    return Prepared(recipe, store, plan, frozenset(state.commits.keys() & plan.tasks.keys()))
+    if not request.redo:
+        if request.refine_only:
+            raise SettingError("goes with --redo", field="--refine-only")
+        return Prepared(recipe, store, plan, state)
+    redo = choose_redo(plan, request.redo, refine_only=request.refine_only)
+    again = make_plan(recipe, with_redo(state.overrides, redo.scopes))
+    return Prepared(recipe, store, again, state, redo, plan)
 
 
 def render(request: RenderRequest) -> int:
@@ -113,14 +137,35 @@ def render(request: RenderRequest) -> int:
     with _stopping() as stop:
         prepared = prepare(request)
         target = Path(prepared.plan.output_path)
+        if prepared.redo is not None and running(prepared.store) is not None:
+            return _redo_in_running(prepared)
         _refuse_second(prepared.store)
-        check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.done)
+        check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left)
+        if prepared.redo is not None:
+            ask_redo(prepared)
         display = make_display(as_json=request.as_json)
         try:
             outcome = _run(request, prepared, display, stop)
         finally:
             display.close()
         return _conclude(outcome, prepared.store, target, display, request, time.monotonic() - started_s)
+
+
+def ask_redo(prepared: Prepared) -> Taken:
+    """Have the redo journalled, by the render that runs or here, before anything is made again."""
+    assert prepared.redo is not None
+    reason = "asked for: " + ", ".join(prepared.redo.scopes)
+    entries = [RedoRequested(scope, 1, reason, asked=True) for scope in prepared.redo.scopes]
+    return ask(prepared.store, new_request("redo", entries), prepared.plan)
+
+
+def _redo_in_running(prepared: Prepared) -> int:
+    """A render that runs takes the redo in; this command does not wait for its film."""
+    taken = ask_redo(prepared)
+    if taken.by == "here":
+        raise TransientError("the render that ran has just ended; the redo is noted, `longtake render` goes on with it")
+    print("the render that runs makes it again; `longtake status` follows it", file=sys.stderr)
+    return 0
 
 
 def software_versions() -> dict[str, str]:
@@ -195,7 +240,9 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
             encoder_threads=ENCODER_THREADS,
             scratch_root=session.scratch_path,
         )
-        job = RenderJob(store.url, recipe, placement, settings, request.fresh, request.allow_mixed)
+        job = RenderJob(
+            store.url, recipe, placement, settings, request.fresh, request.allow_mixed, request.deadline_s
+        )
         stop.deferred = True
         stop.install()
         return _follow(job, display, stop)

@@ -10,32 +10,69 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from cluster.places import open_render
 from cluster.progress import PHASES, format_seconds
 from cluster.recipe import Recipe, load_recipe, make_plan
-from cluster.render import RenderRequest, prepare
+from cluster.render import Prepared, RenderRequest, prepare
+from pipeline.changes import reasons
+from pipeline.errors import SettingError, UserError
 from pipeline.lease import lives, this_process
 from pipeline.ledger import Ledger, LedgerState
-from pipeline.plan import Plan, Until
+from pipeline.plan import Plan
+from pipeline.redo import describe_redo
 from pipeline.store import Store
+from pipeline.tasks import RECIPE_VERSION, Task
+from pipeline.times import format_bytes
 
 
-def print_plan(storyboard: Path, store: str | None, *, until: Until, shots: list[str] | None, as_json: bool) -> int:
-    """Every task of the render, what is committed already, and the expected time."""
-    prepared = prepare(RenderRequest(storyboard, store, until=until, shots=shots))
-    plan, done = prepared.plan, prepared.done
-    if as_json:
-        print(json.dumps({**plan.to_json(), "store": prepared.store.url, "committed": sorted(done)}))
+def print_plan(request: RenderRequest) -> int:
+    """Every task of the render, what is committed already, what will be made and why, time and space."""
+    prepared = prepare(request)
+    plan, left = prepared.plan, prepared.left
+    done = _done(plan, prepared.state)
+    why = reasons(plan.tasks, prepared.state, *_rendered_before(prepared))
+    needed_bytes, free_bytes = plan.estimate.needed_bytes(left), prepared.store.free_bytes()
+    if request.as_json:
+        redo = None if prepared.redo is None else asdict(prepared.redo)
+        space = {"needed_bytes": needed_bytes if left else 0, "free_bytes": free_bytes}
+        extra = {"committed": sorted(done), "to_do": why, "redo": redo, "space": space}
+        print(json.dumps({**plan.to_json(), "store": prepared.store.url, **extra}))
         return 0
     print(plan.describe())
+    if prepared.redo is not None and prepared.before_redo is not None:
+        print("\n".join(describe_redo(prepared.redo, prepared.before_redo, plan)))
     if done:
-        left_s = sum(task.work for task in plan.tasks.values() if task.id not in done)
+        left_s = sum(task.work for task in left)
         print(f"{len(done)} of {len(plan.tasks)} tasks are committed in {prepared.store.url}, ", end="")
         print(f"{format_seconds(left_s)} of work left")
+        _print_reasons(plan, why)
+    if left:
+        free = "" if free_bytes is None else f", {format_bytes(free_bytes)} are free"
+        print(f"space: {format_bytes(needed_bytes)} are needed{free} in {prepared.store.url}")
     return 0
+
+
+def _rendered_before(prepared: Prepared) -> tuple[Mapping[str, Task] | None, int]:
+    """The tasks as this place was last rendered, and the recipe version then; for `reasons`."""
+    try:
+        before = load_recipe(prepared.store)
+    except SettingError:
+        return None, RECIPE_VERSION
+    try:
+        return make_plan(before, prepared.state.overrides).tasks, before.recipe_version
+    except UserError:
+        # What was rendered cannot be planned any more (a shot it names is locked otherwise, ...).
+        return None, before.recipe_version
+
+
+def _print_reasons(plan: Plan, why: Mapping[str, str]) -> None:
+    labels: dict[str, list[str]] = {}
+    for task_id, reason in why.items():
+        labels.setdefault(reason, []).append(plan.tasks[task_id].label)
+    for reason, names in labels.items():
+        print(f"to do, {reason}: {', '.join(names)}")
 
 
 def _done(plan: Plan, state: LedgerState) -> set[str]:

@@ -10,7 +10,8 @@ nothing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.facts import Facts, RenderFacts
@@ -24,6 +25,9 @@ PUBLISHED_ENCODE_FRAMES = 160
 TEXT_BYTES = 4 << 20
 BITS_PER_PX = {"h264": 0.12, "hevc": 0.08, "av1": 0.06, "prores": 4.5, "ffv1": 10.0}
 WORKER_COUNTS = (1, 2, 4, 8, 16)
+SPARE_BYTES = 64 << 20
+COPIES = 1.5
+"""The film lies there as units, as film, and as film so far; attempts that fail leave something, too."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class Estimate:
     makespan_s: Mapping[int, float]
     """Seconds until the film, for numbers of workers; loading and changes of role left out."""
     disk_bytes: int
+    bytes_by_task: Mapping[str, int]
+
+    def needed_bytes(self, left: Iterable[Task]) -> int:
+        """Space to have free before these tasks begin; asking a little too much beats a full disk."""
+        return math.ceil(SPARE_BYTES + COPIES * sum(self.bytes_by_task[task.id] for task in left))
 
 
 def with_work(tasks: Mapping[str, Task], facts: Facts) -> dict[str, Task]:
@@ -54,12 +63,14 @@ def estimate(tasks: Mapping[str, Task], facts: Facts) -> Estimate:
     measured = facts.device in facts.checkpoint.render.task_seconds
     basis = f"measured on {facts.device}" if measured else "published for one H800, scaled"
     ranks = _ranks(tasks)
+    stored = {name: _stored_bytes(task, tasks, facts.checkpoint.render) for name, task in tasks.items()}
     return Estimate(
         basis,
         sum(task.work for task in tasks.values()),
         max(ranks.values(), default=0.0),
         {count: _makespan(tasks, ranks, count) for count in WORKER_COUNTS},
-        sum(_stored_bytes(task, tasks, facts.checkpoint.render) for task in tasks.values()),
+        sum(stored.values()),
+        stored,
     )
 
 

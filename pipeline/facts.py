@@ -166,7 +166,7 @@ class ShotLock:
     """What stands for a locked shot. Fields as in `pipeline.journal.ShotLocked`."""
 
     tasks: Mapping[str, str]
-    labels: tuple[str, ...]
+    labels: Mapping[str, str]
 
 
 @dataclass(frozen=True)

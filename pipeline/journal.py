@@ -145,8 +145,8 @@ class ShotLocked:
     shot_id: str
     tasks: Mapping[str, str]
     """By what was ordered (`pipeline.locks.order_digest`): the id of the task that made it."""
-    labels: tuple[str, ...]
-    """Of the segments and windows among them."""
+    labels: Mapping[str, str]
+    """By label of a segment or window among them, what was ordered."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,8 @@ def entry_from_json(value: Mapping[str, Any]) -> JournalEntry:
     kind = _KINDS[value["entry"]]
     if kind is PartialSaved and fields["partial"] is not None:
         fields["partial"] = ArtifactFile(**fields["partial"])
-    for name in ("differences", "labels"):
-        if name in fields:
-            fields[name] = tuple(fields[name])
+    if kind is NumericsMixed:
+        fields["differences"] = tuple(fields["differences"])
     entry: JournalEntry = kind(**fields)
     return entry
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from pipeline.params import expand_ranges
+from pipeline.params import expand_ranges, front_frames
 from pipeline.seams import Seam, SeamKind
 from pipeline.tasks import Task
 
@@ -52,8 +52,7 @@ def _segment_starts(unit: Task, tasks: Mapping[str, Task]) -> list[int]:
     if unit.params["blend"] or shown.kind != "window":
         return []
     params = shown.params
-    frames, front_latents = params["frames"], params["front_latents"]
-    front = front_latents * (frames - 1) // (params["latents"] - 1 - front_latents)
+    front = front_frames(params)
     decoded = list(expand_ranges(unit.params["layers"][0]["ranges"]))
     bounds = [front + params["frames_ratio"] * n for n in _piece_bounds(params["stage_one"])]
     return [k for bound in bounds for k in range(1, len(decoded)) if decoded[k - 1] < bound <= decoded[k]]

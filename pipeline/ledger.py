@@ -120,11 +120,12 @@ class LedgerState:
     @property
     def overrides(self) -> Overrides:
         """What the journal has changed about the plan. A lock holds only what is still committed."""
-        locks = {
-            shot_id: replace(lock, tasks={key: name for key, name in lock.tasks.items() if name in self.commits})
-            for shot_id, lock in self.locks.items()
-        }
+        locks = {shot_id: self._still_held(lock) for shot_id, lock in self.locks.items()}
         return Overrides(dict(self.redo), dict(self.picked), locks)
+
+    def _still_held(self, lock: ShotLock) -> ShotLock:
+        tasks = {digest: task_id for digest, task_id in lock.tasks.items() if task_id in self.commits}
+        return ShotLock(tasks, {label: digest for label, digest in lock.labels.items() if digest in tasks})
 
 
 @dataclass(frozen=True)

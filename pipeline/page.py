@@ -17,8 +17,9 @@ from pipeline.drift import END_SHARE, Drift, curve
 from pipeline.inspection import Inspection, TaskTiming
 from pipeline.measure import DRIFT_MEASURES, Floats
 from pipeline.plots import Bar, Mark, bar_chart, clock, curve_plot, seam_map
-from pipeline.report import contact_sheet, timecode
+from pipeline.report import contact_sheet
 from pipeline.seams import VISIBLE_Z, SeamScore
+from pipeline.times import timecode
 
 MOST_ROWS = 200
 """Rows of a table before the rest is only counted; all of them are in inspection.json."""

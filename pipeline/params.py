@@ -327,3 +327,19 @@ def compress_frames(frames: Sequence[int]) -> list[list[int]]:
             ranges.append([frame, frame + 1, times])
         position += times
     return ranges
+
+
+def front_frames(window: WindowParams | Mapping[str, Any]) -> int:
+    """Decoded frames of a window that are padding: its frames are counted after them."""
+    return int(window["front_latents"]) * _temporal(window)
+
+
+def latent_of(window: WindowParams | Mapping[str, Any], decoded: int) -> int:
+    """The latent of a window that holds a decoded frame, padding counted: latent 0 holds one frame."""
+    return -(-decoded // _temporal(window))
+
+
+def _temporal(window: WindowParams | Mapping[str, Any]) -> int:
+    """Frames in one latent, from the numbers of a window's frames and latents."""
+    latents: int = window["latents"] - window["front_latents"]
+    return int(window["frames"] - 1) // (latents - 1)

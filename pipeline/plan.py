@@ -13,8 +13,9 @@ what the film shows of them, `estimate` time and space.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -68,8 +69,9 @@ from pipeline.plan_tasks import (
 )
 from pipeline.plan_units import Cut, Joined, add_film, make_cut
 from pipeline.spec import Storyboard, storyboard_error
-from pipeline.takes import Take, lay_out, places_by_id, rates_of, seconds_in_shot
+from pipeline.takes import ShotPlace, Take, lay_out, places_by_id, rates_of, seconds_in_shot
 from pipeline.tasks import Task
+from pipeline.times import timecode
 
 __all__ = [
     "BlendParams",
@@ -138,6 +140,15 @@ class ShotSummary:
 
 
 @dataclass(frozen=True)
+class ShownTake:
+    """Where a preview of several takes shows one of them; takes are counted from 1."""
+
+    shot_id: str
+    take: int
+    first_frame: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything `render` will do. `tasks` holds upstream before downstream; the last is the film."""
 
@@ -152,6 +163,8 @@ class Plan:
     """Where the user wants the file."""
     takes: tuple[Take, ...]
     shots: tuple[ShotSummary, ...]
+    shown_takes: tuple[ShownTake, ...]
+    """Of a preview of several takes; empty otherwise."""
     prompts: tuple[PromptEffect, ...]
     warnings: tuple[str, ...]
     sizes: Sizes
@@ -186,6 +199,7 @@ class Plan:
                 "task": self.film_task_id,
             },
             "shots": [asdict(shot) for shot in self.shots],
+            "takes": [asdict(take) for take in self.shown_takes],
             "prompts": [asdict(prompt) for prompt in self.prompts],
             "warnings": list(self.warnings),
             "media": dict(self.media),
@@ -206,8 +220,11 @@ def plan_film(
     until: Until = "film",
     shots: Sequence[str] | None = None,
     recipe: str | None = None,
+    takes: int = 1,
 ) -> Plan:
     """Every task of the film, of its stage-one preview, or of some `shots` of it (by id) and all they need.
+
+    With several `takes` the preview shows the chosen shots again and again, each time under other noise.
 
     `recipe` is the text for the film's metadata (`pipeline.spec.recipe_text`), None to leave it out.
     Raises StoryboardError for what is wrong with the storyboard, SettingError for an unknown shot.
@@ -215,19 +232,29 @@ def plan_film(
     grid = grid_of(facts.checkpoint.render)
     rates = rates_of(spec, facts)
     sizes, problems = choose_sizes(spec, facts.checkpoint.render)
-    takes, take_problems = lay_out(spec, facts, grid)
+    lines, take_problems = lay_out(spec, facts, grid)
     fades, fade_problems = fades_of(spec, rates)
     problems += [*take_problems, *fade_problems, *media_problems(spec, facts)]
-    problems += [] if take_problems else frame_of_problems(spec, places_by_id(takes), rates)
+    problems += [] if take_problems else frame_of_problems(spec, places_by_id(lines), rates)
     if problems:
         raise storyboard_error(problems)
-    studio = Studio(spec, facts, grid, rates, sizes, TaskList())
+    studio = Studio(spec, facts, grid, rates, sizes, TaskList(locks=facts.locks))
     cut = make_cut(studio, until_stage_one=until == "stage-one")
-    everything = _add_takes(studio, takes, cut)
-    chosen = _chosen(takes, shots)
-    shown = [(tasks, place) for tasks in everything for place in tasks.take.shots if place.position in chosen]
+    chosen = _chosen(lines, shots)
+    if takes > 1 and shots is None:
+        raise SettingError("goes with --shots: it shows takes of some shots", field="--takes", value=takes)
+    shown: list[tuple[TakeTasks, ShotPlace]] = []
+    for number in range(1, takes + 1):
+        everything = _add_takes(studio if takes == 1 else _under_take(studio, lines, chosen, number), lines, cut)
+        shown += [(made, place) for made in everything for place in made.take.shots if place.position in chosen]
     joined = add_film(studio, cut, shown, fades, recipe)
-    return _finish(studio, cut, takes, joined, fades, until)
+    return _finish(studio, cut, lines, joined, fades, until, takes)
+
+
+def _under_take(studio: Studio, lines: Sequence[Take], chosen: set[int], number: int) -> Studio:
+    """The studio in which the chosen shots are shown in their take `number`."""
+    numbers = {place.id: number for line in lines for place in line.shots if place.position in chosen}
+    return replace(studio, facts=replace(studio.facts, picked={**studio.facts.picked, **numbers}))
 
 
 def _add_takes(studio: Studio, takes: Sequence[Take], cut: Cut) -> list[TakeTasks]:
@@ -267,9 +294,10 @@ def _finish(
     joined: Joined,
     fades: Sequence[int],
     until: Until,
+    count: int,
 ) -> Plan:
     tasks = with_work(_needed(studio.tasks.tasks, joined.film_task_id), studio.facts)
-    is_preview = cut.is_preview or len(joined.starts) < len(studio.spec.shots)
+    is_preview = cut.is_preview or len(joined.starts) < len(studio.spec.shots) or count > 1
     weights = {"chain": chain_weights(studio)}
     if cut.refined:
         weights["refine"] = refine_weights(studio)
@@ -283,6 +311,7 @@ def _finish(
         output_path=_output_path(studio.spec, cut, is_preview=is_preview),
         takes=tuple(takes),
         shots=tuple(_shot_summaries(studio, cut, takes, joined, fades)),
+        shown_takes=_shown_takes(joined) if count > 1 else (),
         prompts=tuple(_prompt_effects(studio, cut, takes, joined)),
         warnings=tuple(find_warnings(studio.spec, studio.facts, studio.sizes, studio.rates)),
         sizes=studio.sizes,
@@ -291,6 +320,15 @@ def _finish(
         weights=weights,
         estimate=estimate(tasks, studio.facts),
     )
+
+
+def _shown_takes(joined: Joined) -> tuple[ShownTake, ...]:
+    seen: Counter[str] = Counter()
+    found = []
+    for shot_id, first_frame in joined.takes:
+        seen[shot_id] += 1
+        found.append(ShownTake(shot_id, seen[shot_id], first_frame))
+    return tuple(found)
 
 
 def _needed(tasks: Mapping[str, Task], film: str) -> dict[str, Task]:
@@ -372,6 +410,8 @@ def _film_lines(plan: Plan) -> list[str]:
         lines.append(
             f"shot {shot.id}: {shot.start}, {shot.frames} frames {where}, {shot.segments} segments{fade}"
         )
+    for take in plan.shown_takes:
+        lines.append(f"take {take.take} of {take.shot_id} from {timecode(float(take.first_frame / plan.fps))}")
     for item in plan.prompts:
         film = "" if item.film_s is None else f" (film {item.film_s:.2f} s)"
         wish = f", wished for at {item.written_s:.2f} s" if item.written_s != item.effect_s else ""

@@ -16,7 +16,9 @@ from fractions import Fraction
 from pathlib import PurePosixPath
 
 from pipeline.arithmetic import Grid, WindowShape
-from pipeline.facts import Attention, Facts, LoraChoice, MediaFacts, QualityFacts
+from pipeline.errors import SettingError
+from pipeline.facts import Attention, Facts, LoraChoice, MediaFacts, QualityFacts, ShotLock
+from pipeline.locks import LOCKABLE, order_digest
 from pipeline.params import (
     LoraParams,
     MediaParams,
@@ -40,9 +42,12 @@ SOURCE_BIAS_S = 0.001
 
 @dataclass
 class TaskList:
-    """Tasks by id, upstream before downstream."""
+    """Tasks by id, upstream before downstream. What a lock of `locks` (by shot) holds stands for its order."""
 
     tasks: dict[str, Task] = field(default_factory=dict)
+    locks: Mapping[str, ShotLock] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    """What was ordered, by task id; kept only where there are locks."""
 
     def add(
         self,
@@ -56,13 +61,33 @@ class TaskList:
         index: int = 0,
         priority: int = 0,
     ) -> str:
-        """The id of the task; it is added unless its like is there already."""
+        """The id of the task; it is added unless its like is there already.
+
+        Raises SettingError for a part of a locked shot that was ordered otherwise since.
+        """
         task_id = Task.identify(kind, params, tuple(inputs))
+        locked_id = self._locked(task_id, kind, params, inputs, label) if self.locks else None
+        task_id = locked_id or task_id
         if task_id not in self.tasks:
             self.tasks[task_id] = Task(
-                task_id, kind, role, params, tuple(inputs), label, shot_id, index, priority
+                task_id, kind, role, params, tuple(inputs), label, shot_id, index, priority, locked=bool(locked_id)
             )
         return task_id
+
+    def _locked(
+        self, task_id: str, kind: TaskKind, params: Mapping[str, object], inputs: Sequence[str], label: str
+    ) -> str | None:
+        """The id of the task that a lock holds for this order, None if none does."""
+        digest = order_digest(kind, params, [self.digests[name] for name in inputs])
+        self.digests[task_id] = digest
+        for shot_id, lock in self.locks.items():
+            if kind in LOCKABLE and digest in lock.tasks:
+                self.digests[lock.tasks[digest]] = digest
+                return lock.tasks[digest]
+            if lock.labels.get(label, digest) != digest:
+                remedy = f"Undo the change, or `longtake unlock` {shot_id}."
+                raise SettingError(f"{label} is locked and was ordered otherwise", field=shot_id, remedy=remedy)
+        return None
 
 
 @dataclass
@@ -130,6 +155,11 @@ class Studio:
     def redo(self, label: str) -> int:
         return self.facts.redo.get(label, 0)
 
+    def name(self, shot_id: str) -> str:
+        """What a shot's noise and tasks are named after: the shot and, from the second on, its take."""
+        number = self.facts.picked.get(shot_id, 1)
+        return shot_id if number == 1 else f"{shot_id}#{number}"
+
 
 def media_params(media: MediaFacts) -> MediaParams:
     """A user's file by content."""
@@ -189,7 +219,8 @@ def _add_segment(
 ) -> str:
     shot = studio.spec.shots[place.shot]
     shot_id = next(item.id for item in take.shots if item.position == place.shot)
-    label = f"{shot_id}/segment/{place.index}"
+    name = studio.name(shot_id)
+    label = f"{name}/segment/{place.index}"
     inputs = Inputs()
     text = inputs.at(add_text(studio, joined(shot.prompt[place.prompt].prompt, studio.spec.look)))
     negative = None
@@ -216,7 +247,7 @@ def _add_segment(
         "tail_frames": grid.condition_frames,
         "noise": {
             "seed": studio.spec.seed if shot.seed is None else shot.seed,
-            "noise_id": shot_id,
+            "noise_id": name,
             "stage": "one",
             "first_latent": place.index * grid.new_latents,
             "count": grid.segment_latents,
@@ -364,7 +395,7 @@ def _add_window(
     take, grid, size = tasks.take, studio.grid, studio.sizes.native
     render = studio.facts.checkpoint.render
     shape = grid.window_shape(given)
-    label = f"{take.id}/window/{index}"
+    label = f"{studio.name(take.id)}/window/{index}"
     inputs = Inputs()
     text = inputs.at(add_text(studio, ""))
     begin = index * grid.new_frames

@@ -81,6 +81,8 @@ class Joined:
     frames: int
     starts: Mapping[int, int]
     """For each shown shot (by its place in the storyboard), its first film frame."""
+    takes: tuple[tuple[str, int], ...]
+    """Shots (by id) in the order shown, again for each further take, with their first film frames."""
 
 
 def make_cut(studio: Studio, *, until_stage_one: bool) -> Cut:
@@ -104,7 +106,7 @@ def spans_of(
         begin, end = cut.span(tasks.take, place)
         follows = before is not None and before.position + 1 == place.position
         last = spans[-1] if spans else None
-        if last and follows and last.tasks.take is tasks.take:
+        if last and follows and last.tasks is tasks:
             spans[-1] = Span(tasks, last.begin, end, last.fade)
         else:
             fade = fades[place.position] if follows else 0
@@ -291,19 +293,21 @@ def _join(
         "recipe": recipe,
     }
     film = studio.tasks.add("film", "media", params, [task_id for task_id, _ in units], label="film")
-    return Joined(film, sum(params["unit_frames"]), _film_starts(cut, spans, shown))
+    places = _film_starts(cut, spans, shown)
+    starts = {place.position: begin for place, begin in reversed(places)}
+    return Joined(film, sum(params["unit_frames"]), starts, tuple((place.id, begin) for place, begin in places))
 
 
 def _film_starts(
     cut: Cut, spans: Sequence[Span], shown: Sequence[tuple[TakeTasks, ShotPlace]]
-) -> dict[int, int]:
-    starts: dict[int, int] = {}
+) -> list[tuple[ShotPlace, int]]:
+    starts: list[tuple[ShotPlace, int]] = []
     begin = 0
     for span in spans:
         begin -= span.fade
         for tasks, place in shown:
             first, last = cut.span(tasks.take, place)
-            if tasks.take is span.tasks.take and span.begin <= first and last <= span.end:
-                starts[place.position] = begin + first - span.begin
+            if tasks is span.tasks and span.begin <= first and last <= span.end:
+                starts.append((place, begin + first - span.begin))
         begin += span.end - span.begin
     return starts

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.media import Ffmpeg, Frames, probe, read_video_at
 from pipeline.tasks import CommitRecord, Task
+from pipeline.times import timecode
 
 REPORT_VERSION = 1
 """Of the layout of report.json."""
@@ -43,12 +44,6 @@ class Tile:
     frame: Frames
     shot_id: str
     time_s: float
-
-
-def timecode(time_s: float) -> str:
-    """`m:ss.t`, minutes without a limit."""
-    tenths = math.floor(time_s * 10 + 1e-6)
-    return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
 def thumbnails(film: Path, count: int, ffmpeg: Ffmpeg) -> list[tuple[float, Frames]]:

@@ -117,7 +117,7 @@ ENTRIES: list[JournalEntry] = [
     RequestTaken("r1", "pause", 3),
     StartedOver(3),
     TakePicked("a", 2),
-    ShotLocked("a", {"0" * 64: "segment-1"}, ("a/segment/0",)),
+    ShotLocked("a", {"0" * 64: "segment-1"}, {"a/segment/0": "0" * 64}),
     ShotUnlocked("a"),
     NumericsMixed(("torch: 1, now 2",)),
 ]

@@ -15,6 +15,7 @@ from pipeline import media, report
 from pipeline.errors import QualityError
 from pipeline.quality import FrameGate
 from pipeline.tasks import ArtifactFile, CommitRecord, Task
+from pipeline.times import timecode
 
 
 def tiles(count: int, height: int = 80, width: int = 120) -> list[report.Tile]:
@@ -56,7 +57,7 @@ def test_an_empty_sheet_and_a_long_name_are_no_error() -> None:
 
 
 def test_timecodes_count_minutes_seconds_and_tenths() -> None:
-    assert [report.timecode(t) for t in (0, 0.1, 59.99, 60, 3723.5)] == [
+    assert [timecode(t) for t in (0, 0.1, 59.99, 60, 3723.5)] == [
         "0:00.0",
         "0:00.1",
         "0:59.9",

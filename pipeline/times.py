@@ -1,0 +1,18 @@
+"""How times and sizes are written for people."""
+
+from __future__ import annotations
+
+import math
+
+
+def timecode(time_s: float) -> str:
+    """`m:ss.t`, minutes without a limit."""
+    tenths = math.floor(time_s * 10 + 1e-6)
+    return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
+
+
+def format_bytes(size_bytes: int) -> str:
+    """`3 kB`, `12 MB`, `1,234 MB`: rounded up."""
+    if size_bytes < 10**6:
+        return f"{math.ceil(size_bytes / 1e3):,} kB"
+    return f"{math.ceil(size_bytes / 1e6):,} MB"
