@@ -7,7 +7,6 @@ the official model.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from model.generate import (
     refine_layout,
     refine_window,
 )
+from model.noise import named_seeds
 from model.pixels import decode_frames
 from model.sampling import base_schedule, distilled_schedule, refinement_schedule
 from model.vae import VAE
@@ -93,7 +93,7 @@ def _segment_request(options: argparse.Namespace, vae: VAE, prompts: tuple[Tenso
         height_px=options.height,
         width_px=options.width,
         segment_frames=options.frames,
-        noise_seeds=_seeds(options.seed, "stage one", 1 + (options.frames - 1) // vae.temporal_factor),
+        noise_seeds=named_seeds(f"{options.seed}/stage one", 1 + (options.frames - 1) // vae.temporal_factor),
         schedule=make(options.steps or (50 if options.full else 16), _SHIFT),
         guidance=_GUIDANCE if options.full else 1.0,
         cond_frames=image,
@@ -112,18 +112,12 @@ def _refine_request(
         times=times,
         height_px=height,
         width_px=width,
-        noise_seeds=_seeds(options.seed, "refinement", layout.latents),
+        noise_seeds=named_seeds(f"{options.seed}/refinement", layout.latents),
         text=prompts[0][0],
         text_mask=prompts[1][0],
         schedule=refinement_schedule(_REFINE_STEPS, _REFINE_SIGMA, _SHIFT),
         cond_frames=image,
     )
-
-
-def _seeds(seed: int, stage: str, count: int) -> list[int]:
-    """One seed for each latent frame, from names, so that neighbouring seeds share no noise."""
-    names = [f"{seed}/{stage}/{index}".encode() for index in range(count)]
-    return [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") >> 1 for name in names]
 
 
 def _read_image(file: Path, height_px: int, width_px: int) -> Tensor:

@@ -7,6 +7,7 @@ the noise of the frames they share.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,12 @@ def draw_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> 
     """Normal noise fp32 [1,channels,len(seeds),height,width] on the CPU; seeds 0..2^63-1, latent sizes."""
     frames = [_draw_frame(seed, (channels, height, width)) for seed in seeds]
     return torch.stack(frames, dim=1)[None]
+
+
+def named_seeds(name: str, count: int) -> list[int]:
+    """One seed for each latent frame, from `name`, so that neighbouring names share no noise."""
+    digests = (hashlib.sha256(f"{name}/{index}".encode()).digest() for index in range(count))
+    return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
 
 
 def _draw_frame(seed: int, shape: tuple[int, int, int]) -> Tensor:
