@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kernels.dispatch import backend_of
 from pipeline.media_child import find_ffmpeg
 from pipeline.tasks import RECIPE_VERSION
 
@@ -25,7 +26,7 @@ def describe_numerics(
         "recipe": RECIPE_VERSION,
         "device": device_kind(device),
         "dtype": dtype,
-        "attention_backend": "torch",
+        "attention_backend": backend_of(device),
         "threads": threads,
         "gang_size": 1,
         "libraries": {name: _version(name) for name in LIBRARIES},

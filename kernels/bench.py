@@ -275,6 +275,7 @@ def _modulate_rows(tokens: int, copy: float) -> Iterator[Row]:
     with poisoned():
         out = modulate.modulate(x, shift, scale, index=index)
         summed, both = modulate.add_gated_modulate(x, gate, update, shift, scale, index=index)
+    assert isinstance(out, Tensor) and isinstance(both, Tensor)
     part, more, at = x[:, some], update[:, some], index[some]
     exact = modulate_reference.modulate(part.double(), shift.double(), scale.double(), at, 1e-6)
     eager = modulate_reference.modulate(part, shift, scale, at, 1e-6)
@@ -321,11 +322,11 @@ def linear_rows() -> Iterator[Row]:
     plain = seconds(lambda: F.linear(x, weight))
     flops = 2 * x.numel() * INNER
     yield Row("linear bf16, 37440 x 4096 x 11008", f"{plain * 1e3:.2f} ms, {flops / plain / 1e12:.0f} TFLOP/s")
-    int8, fp8 = linear_reference.quantise_rows(weight), linear.quantise_weight_fp8(weight)
+    int8, fp8 = linear.quantise_rows(weight, torch.int8)[:2], linear.quantise_weight_fp8(weight)
     some = slice(TOKENS_480P - 256, TOKENS_480P)
     for name, call, (values, scale), rounded in (
-        ("int8 W8A8", linear.linear_int8, int8, True),
-        ("fp8", linear.linear_fp8, fp8, True),
+        ("int8 W8A8", linear.linear_quantised, int8, True),
+        ("fp8", linear.linear_quantised, fp8, True),
         ("weight-only int8", linear.linear_weight_only, int8, False),
     ):
         what = f"linear {name}, 37440 x 4096 x 11008, backend {linear.backend(x, values)}"
@@ -334,8 +335,8 @@ def linear_rows() -> Iterator[Row]:
         wide = values.double() * scale.double()[:, None]
         inputs = x[some].double()
         if rounded:
-            quantised, rows = linear_reference.quantise_rows(x[some], fp8=values.dtype != torch.int8)
-            inputs = quantised.double() * rows.double()[:, None]
+            rows = linear_reference.quantise_rows(x[some], values.dtype)
+            inputs = rows[0].double() * rows[1].double()[:, None]
         accuracy = compare(out[some], F.linear(inputs.bfloat16(), wide.bfloat16()), inputs @ wide.T)
         if not accuracy.admitted:
             yield refusal(what, accuracy)

@@ -27,6 +27,11 @@ from triton.compiler import ASTSource
 CAPABILITIES = (80, 89, 90)
 # Shared memory that one block may have, CUDA C++ Programming Guide, technical specifications.
 _SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Types of quantised rows, their constants, and the cards that have them.
+_QUANTISED: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
+    ("i8", {"LARGEST": 127.0, "FP8": False}, CAPABILITIES),
+    ("fp8e4nv", {"LARGEST": 448.0, "FP8": True}, (89, 90)),
+)
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -164,31 +169,49 @@ def _rows() -> Iterator[Case]:
     }
     types["eps"] = "fp32"
     sizes = {"TOKENS": 64, "HEADS": 8, "D": 128, "WIDE": 128, "TYPE": bf16}
-    flags = {"ROTATE": True, "INDEXED": True, "MEANS": True}
-    yield Case("norm_rope, index, means", kernel, types, {**sizes, **flags}, norm_rope.OPTIONS)
+    for indexed in (True, False):
+        name = "norm_rope, index, means" if indexed else "norm_rope, means"
+        flags = {"ROTATE": True, "INDEXED": indexed, "MEANS": True}
+        yield Case(name, kernel, types, {**sizes, **flags}, norm_rope.OPTIONS)
 
-    kernel = modulate.modulate_kernel
-    types = dict.fromkeys(kernel.arg_names[:14], "i32") | {"eps": "fp32", "index": "*i32"}
-    types |= dict.fromkeys(("x", "update", "summed", "out"), "*bf16")
-    types |= dict.fromkeys(("gate", "shift", "scale"), "*fp32")
-    sizes = {"C": 4096, "WIDE": 4096, "NORM": True, "INDEXED": True, "TYPE": bf16}
-    for add in (False, True):
-        name = "add_gated_modulate" if add else "modulate"
-        yield Case(name, kernel, types, {**sizes, "ADD": add, "GATED": add}, modulate.OPTIONS)
+    yield from _modulations(modulate)
 
     types = {"a": "*bf16", "b": "*bf16", "out": "*bf16", "a_row": "i32", "b_row": "i32", "columns": "i32"}
     yield Case("swiglu", swiglu.swiglu_kernel, types, {"COLUMNS": 2048, "TYPE": bf16}, swiglu.OPTIONS)
+    kernel = swiglu.swiglu_quantised_kernel
+    for kind, quantised, capabilities in _QUANTISED:
+        types |= {"values": f"*{kind}", "scales": "*fp32"}
+        wanted = {arg: types[arg] for arg in kernel.arg_names if arg in types}
+        sizes = {"C": 11008, "WIDE": 16384, **quantised}
+        yield Case(f"swiglu, {kind}", kernel, wanted, sizes, swiglu.QUANTISED_OPTIONS, capabilities)
+
+
+def _modulations(modulate: Any) -> Iterator[Case]:
+    kernel = modulate.modulate_kernel
+    types = dict.fromkeys(kernel.arg_names[:17], "i32") | {"eps": "fp32", "index": "*i32", "row_scale": "*fp32"}
+    types |= dict.fromkeys(("x", "update", "summed", "out"), "*bf16")
+    types |= dict.fromkeys(("gate", "shift", "scale"), "*fp32")
+    sizes = {"C": 4096, "WIDE": 4096, "NORM": True, "INDEXED": True, "TYPE": triton.language.bfloat16}
+    sizes |= {"AFFINE": False, "QUANTISED": False, "LARGEST": 127.0, "FP8": False}
+    for add in (False, True):
+        name = "add_gated_modulate" if add else "modulate"
+        yield Case(name, kernel, types, {**sizes, "ADD": add, "GATED": add}, modulate.OPTIONS)
+    sizes |= {"ADD": True, "GATED": True}
+    affine = types | {"shift": "*bf16", "scale": "*bf16"}
+    yield Case("add_gated_norm", kernel, affine, {**sizes, "AFFINE": True}, modulate.OPTIONS)
+    for kind, quantised, capabilities in _QUANTISED:
+        constants, small = {**sizes, **quantised, "QUANTISED": True}, types | {"out": f"*{kind}"}
+        yield Case(f"add_gated_modulate, {kind}", kernel, small, constants, modulate.OPTIONS, capabilities)
 
 
 def _linear() -> Iterator[Case]:
     from kernels.linear import triton_impl as linear
 
     bf16 = triton.language.bfloat16
-    types = {"x": "*bf16", "values": "*i8", "scales": "*fp32", "x_row": "i32"}
-    sizes = {"K": 4096, "WIDE": 4096, "LARGEST": 127.0, "FP8": False}
-    yield Case("quantise rows, int8", linear.quantise_kernel, types, sizes, linear.ROW_OPTIONS)
-    types, sizes = {**types, "values": "*fp8e4nv"}, {**sizes, "LARGEST": 448.0, "FP8": True}
-    yield Case("quantise rows, fp8", linear.quantise_kernel, types, sizes, linear.ROW_OPTIONS, (89, 90))
+    for kind, quantised, capabilities in _QUANTISED:
+        types = {"x": "*bf16", "values": f"*{kind}", "scales": "*fp32", "x_row": "i32"}
+        sizes = {"K": 4096, "WIDE": 4096, **quantised}
+        yield Case(f"quantise rows, {kind}", linear.quantise_kernel, types, sizes, linear.ROW_OPTIONS, capabilities)
     for kernel, name, x_type, configs in (
         (linear.quantised_kernel, "int8 product", "i8", (linear.QUANTISED_TMA, linear.QUANTISED)),
         (linear.weight_only_kernel, "weight-only int8", "bf16", (linear.WEIGHT_ONLY_TMA, linear.WEIGHT_ONLY)),

@@ -33,7 +33,7 @@ from model.dit import Attention, DiT
 from model.errors import CheckpointError
 from model.lora import Lora, LoraLayer, load_lora
 from model.manifest import Manifest, read_manifest
-from model.quantize import quantize_
+from model.quantize import Products, choose_products_, quantize_
 from model.shards import TensorInfo, open_folder, read_header
 from model.text import TextEncoder
 from model.vae import VAE
@@ -52,6 +52,7 @@ def load_dit(
     dtype: torch.dtype,
     loras: Sequence[LoraFile] = (),
     attention: Attention = "dense",
+    products: Products | None = None,
     role: str | None = None,
 ) -> DiT:
     """The diffusion transformer of a checkpoint folder with `loras` merged in, frozen, in evaluation mode.
@@ -59,13 +60,17 @@ def load_dit(
     `loras` are all that the role needs, in order. A converted folder holds several DiTs with LoRAs merged in:
     the one whose LoRAs (known by their sha256) are the longest beginning of `loras` is read, the rest is
     merged on top; `role` says which to take where several fit alike. int8 weights take no LoRA: convert the
-    original with its LoRAs instead.
+    original with its LoRAs instead. `products`: the type in which the large Linears multiply (model/quantize.py),
+    None for what the files hold.
     """
     part, remaining = find_dit(Path(folder), loras, role)
     network = dit_on_meta(part, attention)
     adapters = [(read_lora(file), strength) for file, strength in remaining]
     check_loras(adapters, open_folder(part), part)
     load_weights(network, part, device=device, dtype=dtype, transform=merging(adapters))
+    if products is not None:
+        choose_products_(network, products)
+    network.bound_logits()
     return network.eval().requires_grad_(False)
 
 

@@ -35,6 +35,12 @@ class BlockSparseConfig:
             raise CheckpointError("bsa_params: one of sparsity and cdf_threshold must be given")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise CheckpointError(f"bsa_params.sparsity: {self.sparsity} is not in [0, 1)")
+        if self.chunk_3d_shape_q != self.chunk_3d_shape_k:
+            # Tokens stand in one order, and are queries and keys in it.
+            raise CheckpointError(
+                f"bsa_params: chunk_3d_shape_q {self.chunk_3d_shape_q} and chunk_3d_shape_k "
+                f"{self.chunk_3d_shape_k} must be the same"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

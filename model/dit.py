@@ -5,25 +5,32 @@ continuation and refinement: the first `num_cond_latents` latent frames are clea
 whose tokens see only each other and no text. Nothing about them changes between steps, so `build_cond_cache`
 runs them once.
 
+Where attention is block-sparse the tokens are brought into block order once, after the patch embedding, and
+back before the last reshape: each part (conditions, noise) that divides into blocks stands block after block, so
+that no layer has anything to repack. `Layout` says where each token stands.
+
 Legend: B batch, T/H/W latent frames/rows/columns, t/h/w token grid, S = h*w tokens of a latent frame, N
-tokens in (t,h,w) order, C channels, D head size, L text tokens. The stream is in the type of the weights;
-norms, modulation, timestep embedding and final layer are computed in fp32.
+tokens in the order of the layout, C channels, D head size, L text tokens. The stream is in the type of the
+weights; norms, modulation, timestep embedding and final layer are computed in fp32.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.block_sparse_attention.api import block_sparse_attention
-from model.config import DiTConfig
+from kernels.block_sparse_attention.api import attend_in_block_order, block_order
+from kernels.linear.api import Activations
+from kernels.modulate.api import add_gated, add_gated_modulate, add_gated_norm, modulate
+from kernels.norm_rope.api import norm_rope
+from kernels.swiglu.api import swiglu, swiglu_quantised
+from model.config import BlockSparseConfig, DiTConfig
 from model.errors import InputError
 
 Attention = Literal["dense", "block_sparse"]
@@ -32,19 +39,65 @@ Grid = tuple[int, int, int]
 _NORM_EPS = 1e-6
 _MAX_TIMESTEP_PERIOD = 10_000
 _ROTARY_BASE = 10_000.0
+# Queries and keys are rounded to the type of the weights after the norm and after rotary.
+_ROUNDING = 1.01
+
+
+class Memory(NamedTuple):
+    """What queries attend to: keys (after RMSNorm and rotary) and values [B,heads,N,D], and the fp32 means of the keys
+    by block [B,heads,n,D] where the layout has them."""
+
+    keys: Tensor
+    values: Tensor
+    means: Tensor | None
+
+    def first(self, tokens: int, block: int | None) -> Memory:
+        """The memory of the first `tokens` alone."""
+        means = None if self.means is None or block is None else self.means[:, :, : tokens // block]
+        return Memory(self.keys[:, :, :tokens], self.values[:, :, :tokens], means)
+
+    def then(self, own: Memory) -> Memory:
+        """This memory, of batch 1 or that of `own`, and `own` after it."""
+        means = None
+        if self.means is not None and own.means is not None:
+            means = _beside(self.means, own.means)
+        return Memory(_beside(self.keys, own.keys), _beside(self.values, own.values), means)
 
 
 @dataclasses.dataclass(frozen=True)
 class CondCache:
-    """Keys (after RMSNorm, before rotary) and values of the condition tokens: one [B,heads,N,D] each for
-    every layer.
+    """What noise tokens attend to of the conditions, for every layer, rotated once and for all.
 
-    `grid`: the token grid (t, h, w) of the conditions. A cache of batch 1 serves any batch.
+    `grid`: the token grid (t, h, w) of the conditions; `attention`: the kind that it was made under, which settles
+    the order of the tokens. A cache of batch 1 serves any batch.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    layers: tuple[Memory, ...]
     grid: Grid
+    attention: Attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a call stand.
+
+    `grid`: their token grid; `num_cond`: leading condition frames among them; `order`: the (t,h,w) index of each
+    token, None for (t,h,w) order; `frame`: the latent frame of each, None for equal runs; `rotary` [N,D/2,2]: cosine
+    and sine of each; `sparse`: how block-sparse attention is made, None for dense; `means_block`: tokens of a block
+    where all of them stand in blocks.
+    """
+
+    grid: Grid
+    num_cond: int
+    order: Tensor | None
+    frame: Tensor | None
+    rotary: Tensor
+    sparse: BlockSparseConfig | None
+    means_block: int | None
+
+    @property
+    def num_cond_tokens(self) -> int:
+        return self.num_cond * self.grid[1] * self.grid[2]
 
 
 class DiT(nn.Module):
@@ -82,33 +135,43 @@ class DiT(nn.Module):
         `num_cond_latents` frames of `latents`, or in `cond_cache` and then not in `latents`.
         """
         grid = self._check(latents, num_cond_latents, cond_cache)
-        x = self.x_embedder(latents)
+        layout = self._layout(grid, num_cond_latents, 0 if cond_cache is None else cond_cache.grid[0], latents.device)
+        x = self._embed(latents, layout)
         t = self.t_embedder(timestep)
         y, keep = self._embed_text(text, text_mask)
         for i, block in enumerate(self.blocks):
-            memory = (
-                None if cond_cache is None else (cond_cache.keys[i], cond_cache.values[i], cond_cache.grid[0])
-            )
-            place = Place(grid, num_cond_latents, memory, self.attention)
+            memory = None if cond_cache is None else cond_cache.layers[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, t, y, keep, place, use_reentrant=False)
+                x = checkpoint(block, x, t, y, keep, layout, memory, use_reentrant=False)
             else:
-                x = block(x, t, y, keep, place)
-        return self._unpatchify(self.final_layer(x, t, grid[0]), grid)
+                x = block(x, t, y, keep, layout, memory)
+        return self._unpatchify(self.final_layer(x, t, layout), layout)
 
     @torch.no_grad()
     def build_cond_cache(self, cond_latents: Tensor) -> CondCache:
         """Run clean condition latents [B,16,Tc,H,W] once, without text; keep what later steps attend to."""
         frames = cond_latents.shape[2]
         grid = self._check(cond_latents, frames, None)
-        x = self.x_embedder(cond_latents)
+        layout = self._layout(grid, frames, 0, cond_latents.device)
+        x = self._embed(cond_latents, layout)
         t = self.t_embedder(torch.zeros(cond_latents.shape[0], device=x.device))
-        keys, values = [], []
+        layers = []
         for block in self._layers():
-            x, k, v = block.run_conditions(x, t, Place(grid, frames, None, self.attention))
-            keys.append(k)
-            values.append(v)
-        return CondCache(tuple(keys), tuple(values), grid)
+            x, own = block.run_conditions(x, t, layout)
+            layers.append(own)
+        return CondCache(tuple(layers), grid, self.attention)
+
+    def bound_logits(self) -> None:
+        """Let block-sparse kernels do without a running maximum where the norms of queries and keys allow it.
+
+        After RMSNorm no |q| exceeds D^1/2 max|w|, and rotary keeps lengths: |q.k| D^-1/2 <= D^1/2 max|w_q| max|w_k|.
+        To be called again when the weights of these norms change.
+        """
+        for block in self._layers():
+            heads = block.attn
+            weights = (heads.q_norm.weight, heads.k_norm.weight)
+            largest = [float(weight.detach().abs().max()) for weight in weights]
+            heads.logit_bound = _ROUNDING * self.config.head_dim**0.5 * largest[0] * largest[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,15 +201,40 @@ class DiT(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def _embed_text(self, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Text tokens [B,L,C] and which of them are keys, [B,1,1,L] or None for all."""
+        """Text tokens [B,L,C] and which of them are keys, [B,1,1,L] or None where all are by design."""
         y = self.y_embedder(text[:, 0].to(self.dtype))
         mask = text_mask.bool()
         if self.config.text_tokens_zero_pad:
             return y * mask[..., None], None
-        return y, None if bool(mask.all()) else mask[:, None, None, :]
+        return y, mask[:, None, None, :]
 
-    def _unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
-        (t, h, w), (_, ph, pw) = grid, self.config.patch_size
+    def _layout(self, grid: Grid, num_cond: int, past: int, device: torch.device) -> Layout:
+        rotary = rotary_table(past, *grid, self.config.head_dim, device)
+        if self.attention == "dense":
+            return Layout(grid, num_cond, None, None, rotary, None, None)
+        sparse = self.config.bsa_params
+        chunk, space = sparse.chunk_3d_shape_q, grid[1] * grid[2]
+        parts = [frames for frames in (num_cond, grid[0] - num_cond) if frames]
+        whole = [not any(n % step for n, step in zip((t, *grid[1:]), chunk, strict=True)) for t in parts]
+        orders = [
+            block_order((t, *grid[1:]), chunk, device) if fits else torch.arange(t * space, device=device)
+            for t, fits in zip(parts, whole, strict=True)
+        ]
+        order = orders[0] if len(orders) == 1 else torch.cat([orders[0], orders[1] + num_cond * space])
+        block = math.prod(chunk)
+        # The kernels sum over blocks whose size is a power of two.
+        means_block = block if all(whole) and block & (block - 1) == 0 else None
+        return Layout(grid, num_cond, order, (order // space).int(), rotary[order], sparse, means_block)
+
+    def _embed(self, latents: Tensor, layout: Layout) -> Tensor:
+        """Latents -> tokens [B,N,C] in the order of the layout."""
+        x: Tensor = self.x_embedder(latents)
+        return x if layout.order is None else x.index_select(1, layout.order)
+
+    def _unpatchify(self, x: Tensor, layout: Layout) -> Tensor:
+        if layout.order is not None:
+            x = x.index_select(1, layout.order.argsort())
+        (t, h, w), (_, ph, pw) = layout.grid, self.config.patch_size
         x = x.view(x.shape[0], t, h, w, ph, pw, self.config.out_channels)
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape[0], self.config.out_channels, t, h * ph, w * pw)
 
@@ -164,6 +252,8 @@ class DiT(nn.Module):
             raise InputError(
                 f"cond_cache: grid {cond_cache.grid} with {num_cond_latents} conditions does not fit {grid}"
             )
+        if cond_cache is not None and cond_cache.attention != self.attention:
+            raise InputError(f"cond_cache: was made for {cond_cache.attention} attention, wanted {self.attention}")
         if self.attention == "block_sparse":
             self._check_blocks(grid, num_cond_latents, 0 if cond_cache is None else cond_cache.grid[0])
         return grid
@@ -181,20 +271,6 @@ class DiT(nn.Module):
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where tokens stand: their grid, leading condition frames, and cached (k, v, frames) before them."""
-
-    grid: Grid
-    num_cond: int
-    memory: tuple[Tensor, Tensor, int] | None
-    attention: Attention
-
-    @property
-    def num_cond_tokens(self) -> int:
-        return self.num_cond * self.grid[1] * self.grid[2]
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, SwiGLU; the timestep modulates the first and last."""
 
@@ -207,29 +283,59 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.ffn = SwiGLU(width, config.ffn_dim)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None, place: Place) -> Tensor:
-        """x [B,N,C], t [B,1 or T,adaln], y [B,L,C] -> [B,N,C]."""
-        mod = self.adaLN_modulation(t).chunk(6, dim=-1)
-        q, k, v = self.attn.project(modulate(x, mod[0], mod[1]))
-        x = add_gated(x, mod[2], self.attn.attend(q, k, v, place))
-        if place.num_cond_tokens < x.shape[1]:
-            x = self._add_text(x, y, keep, place.num_cond_tokens)
-        return add_gated(x, mod[5], self.ffn(modulate(x, mod[3], mod[4])))
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None, layout: Layout, memory: Memory | None
+    ) -> Tensor:
+        """x [B,N,C], t [B,1 or T,adaln], y [B,L,C] -> [B,N,C]; `memory` comes before the block's own."""
+        return self._run(x, t, (y, keep), layout, memory)[0]
 
-    def run_conditions(self, x: Tensor, t: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-        """The block over condition tokens alone: the stream, and k (before rotary) and v [B,heads,N,D]."""
-        mod = self.adaLN_modulation(t).chunk(6, dim=-1)
-        q, k, v = self.attn.project(modulate(x, mod[0], mod[1]))
-        x = add_gated(x, mod[2], self.attn.attend(q, k, v, place))
-        return add_gated(x, mod[5], self.ffn(modulate(x, mod[3], mod[4]))), k, v
+    def run_conditions(self, x: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Memory]:
+        """The block over condition tokens alone, which see no text: the stream, and what they leave to attend to."""
+        return self._run(x, t, None, layout, None)
 
-    def _add_text(self, x: Tensor, y: Tensor, keep: Tensor | None, num_cond_tokens: int) -> Tensor:
-        noisy = x[:, num_cond_tokens:]
-        norm = self.pre_crs_attn_norm
-        weight, bias = norm.weight.float(), norm.bias.float()
-        normed = F.layer_norm(noisy.float(), (x.shape[-1],), weight, bias, norm.eps).to(x.dtype)
-        noisy = noisy + self.cross_attn(normed, y, keep)
-        return torch.cat([x[:, :num_cond_tokens], noisy], dim=1) if num_cond_tokens else noisy
+    def _run(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: tuple[Tensor, Tensor | None] | None,
+        layout: Layout,
+        memory: Memory | None,
+    ) -> tuple[Tensor, Memory]:
+        mod = self.adaLN_modulation(t).chunk(6, dim=-1)
+        frame = layout.frame
+        wanted = _activations_of(self.attn.qkv)
+        normed = modulate(x, mod[0], mod[1], index=frame, eps=_NORM_EPS, quantise=wanted)
+        update, own = self.attn(normed, layout, memory)
+        if layout.num_cond == layout.grid[0]:
+            text = None
+        x, normed = self._add_text(x, mod, update, text, layout)
+        return add_gated(x, mod[5], self.ffn(normed), index=frame), own
+
+    def _add_text(
+        self,
+        x: Tensor,
+        mod: tuple[Tensor, ...],
+        update: Tensor,
+        text: tuple[Tensor, Tensor | None] | None,
+        layout: Layout,
+    ) -> tuple[Tensor, Activations]:
+        """The stream after attention to video (its update given) and text, and what the FFN reads of it."""
+        norm, frame, n = self.pre_crs_attn_norm, layout.frame, layout.num_cond_tokens
+        wanted = _activations_of(self.ffn.w1)
+        if text is None:
+            return add_gated_modulate(
+                x, mod[2], update, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wanted
+            )
+        # Conditions in the sequence see no text: the Linear quantises what is left of the rows itself.
+        quantise = None if n else _activations_of(self.cross_attn.q_linear)
+        x, normed = add_gated_norm(
+            x, mod[2], update, norm.weight, norm.bias, index=frame, eps=_NORM_EPS, quantise=quantise
+        )
+        if isinstance(normed, Tensor) and n:
+            x = torch.cat([x[:, :n], x[:, n:] + self.cross_attn(normed[:, n:], *text)], dim=1)
+            return x, modulate(x, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wanted)
+        update = self.cross_attn(normed, *text)
+        return add_gated_modulate(x, None, update, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wanted)
 
 
 class SelfAttention(nn.Module):
@@ -237,54 +343,50 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.num_heads, self.bsa = config.num_heads, config.bsa_params
+        self.num_heads = config.num_heads
+        self.logit_bound: float | None = None  # no |q.k| D^-1/2 exceeds it; see DiT.bound_logits
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.q_norm = HeadNorm(config.head_dim)
         self.k_norm = HeadNorm(config.head_dim)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,N,C] -> q, k (normalised, not rotated), v, each [B,heads,N,D]."""
-        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
-        """[B,heads,N,D] -> [B,N,C] after the output projection."""
-        (frames, h, w), past = place.grid, 0
-        if place.memory is not None:
-            cached_k, cached_v, past = place.memory
-            k = torch.cat([cached_k.expand(k.shape[0], -1, -1, -1), k], dim=2)
-            v = torch.cat([cached_v.expand(v.shape[0], -1, -1, -1), v], dim=2)
-        q = rotate(q, rotary_table(past, frames, h, w, q.shape[-1], q.device))
-        k = rotate(k, rotary_table(0, past + frames, h, w, k.shape[-1], k.device))
-        n, grid_k = place.num_cond_tokens, (past + frames, h, w)
+    def forward(self, x: Activations, layout: Layout, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """x [B,N,C] -> [B,N,C] after the output projection, and the keys and values of these tokens."""
+        q, k, v = _split_heads(self.qkv(x), 3, self.num_heads)
+        block = layout.means_block
+        q, q_means = norm_rope(q, self.q_norm.weight, layout.rotary, eps=_NORM_EPS, block=block)
+        k, k_means = norm_rope(k, self.k_norm.weight, layout.rotary, eps=_NORM_EPS, block=block)
+        own = Memory(k, v, k_means)
+        seen, n = own if memory is None else memory.then(own), layout.num_cond_tokens
         if 0 < n < q.shape[2]:
-            grid_c, grid_n = (place.num_cond, h, w), (frames - place.num_cond, h, w)
-            seen = self._attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], grid_c, grid_c, place.attention)
-            out = torch.cat(
-                [seen, self._attention(q[:, :, n:], k, v, grid_n, grid_k, place.attention)], dim=2
+            means = (None, None) if q_means is None or block is None else q_means.split(
+                (n // block, q_means.shape[2] - n // block), dim=2
             )
+            conditions = self._attend(q[:, :, :n], means[0], own.first(n, block), layout.num_cond, layout.sparse)
+            noisy = layout.grid[0] - layout.num_cond
+            out = torch.cat([conditions, self._attend(q[:, :, n:], means[1], seen, noisy, layout.sparse)], dim=2)
         else:
-            out = self._attention(q, k, v, place.grid, grid_k, place.attention)
+            out = self._attend(q, q_means, seen, layout.grid[0], layout.sparse)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return projected
+        return projected, own
 
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, grid_q: Grid, grid_k: Grid, how: Attention
+    def _attend(
+        self, q: Tensor, q_means: Tensor | None, seen: Memory, frames: int, sparse: BlockSparseConfig | None
     ) -> Tensor:
         # A single latent frame has no blocks in time: the model was trained with dense attention there.
-        if how == "dense" or grid_q[0] == 1:
-            return F.scaled_dot_product_attention(q, k, v)
-        return block_sparse_attention(
+        if sparse is None or frames == 1:
+            return F.scaled_dot_product_attention(q, seen.keys, seen.values)
+        return attend_in_block_order(
             q,
-            k,
-            v,
-            grid_q,
-            grid_k,
-            sparsity=self.bsa.sparsity,
-            cdf_threshold=self.bsa.cdf_threshold,
-            chunk_q=self.bsa.chunk_3d_shape_q,
-            chunk_k=self.bsa.chunk_3d_shape_k,
+            seen.keys,
+            seen.values,
+            sparsity=sparse.sparsity,
+            cdf_threshold=sparse.cdf_threshold,
+            block_q=math.prod(sparse.chunk_3d_shape_q),
+            block_k=math.prod(sparse.chunk_3d_shape_k),
+            q_means=q_means,
+            k_means=seen.means,
+            logit_bound=self.logit_bound,
         )
 
 
@@ -300,11 +402,13 @@ class CrossAttention(nn.Module):
         self.k_norm = HeadNorm(config.head_dim)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(self, x: Activations, y: Tensor, keep: Tensor | None) -> Tensor:
         """x [B,N,C], y [B,L,C], keep [B,1,1,L] or None -> [B,N,C]."""
-        q = self.q_linear(x).view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
-        k, v = self.kv_linear(y).view(*y.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=keep)
+        (q,) = _split_heads(self.q_linear(x), 1, self.num_heads)
+        k, v = _split_heads(self.kv_linear(y), 2, self.num_heads)
+        q, _ = norm_rope(q, self.q_norm.weight, None, eps=_NORM_EPS)
+        k, _ = norm_rope(k, self.k_norm.weight, None, eps=_NORM_EPS)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
 
@@ -318,8 +422,9 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(inner, width, bias=False)
         self.w3 = nn.Linear(width, inner, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Activations) -> Tensor:
+        gate, value, wanted = self.w1(x), self.w3(x), _activations_of(self.w2)
+        out: Tensor = self.w2(swiglu(gate, value) if wanted is None else swiglu_quantised(gate, value, wanted))
         return out
 
 
@@ -333,9 +438,9 @@ class FinalLayer(nn.Module):
         )
         self.linear = Fp32Linear(config.hidden_size, math.prod(config.patch_size) * config.out_channels)
 
-    def forward(self, x: Tensor, t: Tensor, frames: int) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, layout: Layout) -> Tensor:
         shift, scale = self.adaLN_modulation(t).chunk(2, dim=-1)
-        out: Tensor = self.linear(modulate(x.float(), shift, scale))
+        out: Tensor = self.linear(modulate(x.float(), shift, scale, index=layout.frame, eps=_NORM_EPS))
         return out
 
 
@@ -396,56 +501,41 @@ class Fp32Linear(nn.Linear):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm over the head size, shared by the heads, in fp32."""
+    """The weight of an RMSNorm over the head size, shared by the heads; `norm_rope` computes it."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), _NORM_EPS).to(x.dtype)
 
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm (no affine) of x [B,N,C], times (1 + scale), plus shift; both fp32 [B,1 or T,C]."""
-    normed = F.layer_norm(x.float(), (x.shape[-1],), eps=_NORM_EPS)
-    framed = normed.view(x.shape[0], shift.shape[1], -1, x.shape[-1])
-    return torch.addcmul(shift[:, :, None], framed, 1 + scale[:, :, None]).view(x.shape).to(x.dtype)
-
-
-def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update in fp32, back in the type of x; gate [B,1 or T,C]."""
-    framed = (x.shape[0], gate.shape[1], -1, x.shape[-1])
-    out = torch.addcmul(x.float().view(framed), gate[:, :, None], update.float().view(framed))
-    return out.view(x.shape).to(x.dtype)
-
-
-@functools.lru_cache(maxsize=8)
 def rotary_table(first_frame: int, t: int, h: int, w: int, size: int, device: torch.device) -> Tensor:
-    """exp(i angle) [N,size/2] for tokens in (t,h,w) order; positions in time start at `first_frame`, in
+    """Cosine and sine [N,size/2,2], fp32, for tokens in (t,h,w) order; positions in time start at `first_frame`, in
     space at 0.
 
     The axes get 2*(size//6) values each for rows and columns and the rest for time, in the order t, h, w.
     """
     spatial = 2 * (size // 6)
     axes = ((first_frame, t, size - 2 * spatial), (0, h, spatial), (0, w, spatial))
-    angles = []
-    # Cached tables outlive the call: they must not become inference tensors, nor follow a default device.
-    with torch.inference_mode(False), torch.device("cpu"):
-        for axis, (first, count, width) in enumerate(axes):
-            frequencies = 1.0 / _ROTARY_BASE ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-            shape = [1, 1, 1, -1]
-            shape[axis] = count
-            place = torch.arange(first, first + count, dtype=torch.float32)
-            angles.append((place[:, None] * frequencies).view(shape).expand(t, h, w, -1))
-        table = torch.cat(angles, dim=-1).view(t * h * w, size // 2)
-        return torch.polar(torch.ones_like(table), table).to(device)
+    turns = []
+    for axis, (first, count, width) in enumerate(axes):
+        frequencies = 1.0 / _ROTARY_BASE ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+        angles = torch.arange(first, first + count, dtype=torch.float32, device=device)[:, None] * frequencies
+        shape = [1, 1, 1, width // 2, 2]
+        shape[axis] = count
+        turns.append(torch.stack((angles.cos(), angles.sin()), dim=-1).view(shape).expand(t, h, w, -1, -1))
+    return torch.cat(turns, dim=3).view(t * h * w, size // 2, 2)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (even, odd) of x [B,heads,N,D] by the angles of `table`, in fp32.
+def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B,N,parts*C] -> `parts` views [B,heads,N,D]."""
+    return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
-    As a product of complex numbers: several times faster on a CPU than with the pairs taken apart.
-    """
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+def _beside(first: Tensor, second: Tensor) -> Tensor:
+    """Tokens [B or 1,heads,N,D] and more [B,heads,M,D] -> [B,heads,N+M,D]."""
+    return torch.cat([first.expand(second.shape[0], -1, -1, -1), second], dim=2)
+
+
+def _activations_of(layer: nn.Module) -> torch.dtype | None:
+    """The type to which a quantised Linear rounds its input; None where it takes it as it is."""
+    return getattr(layer, "activations", None)

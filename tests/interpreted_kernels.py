@@ -7,6 +7,7 @@ NaN (deterministic fill), so that what a kernel does not write is seen.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -15,14 +16,17 @@ import torch
 from safetensors import safe_open
 
 from kernels.block_sparse_attention import api as bsa_api
-from kernels.block_sparse_attention import reference as bsa_reference
 from kernels.block_sparse_attention import triton_impl as bsa
+from kernels.linear import api as linear_api
 from kernels.linear import reference as linear_reference
 from kernels.linear import triton_impl as linear
+from kernels.modulate import api as modulate_api
 from kernels.modulate import reference as modulate_reference
 from kernels.modulate import triton_impl as modulate
+from kernels.norm_rope import api as norm_rope_api
 from kernels.norm_rope import reference as norm_rope_reference
 from kernels.norm_rope import triton_impl as norm_rope
+from kernels.swiglu import api as swiglu_api
 from kernels.swiglu import reference as swiglu_reference
 from kernels.swiglu import triton_impl as swiglu
 
@@ -30,7 +34,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_kernel
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True)
 
-GOLDEN = Path(__file__).parent / "golden" / "cases.safetensors"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -58,6 +62,19 @@ def lists(b: int, h: int, n_q: int, n_k: int, longest: int) -> tuple[torch.Tenso
     return kept.int().contiguous(), counts
 
 
+def attend(q, k, v, kept, counts, block_q: int, block_k: int, descriptors: bool, bound: float | None = None):
+    """out and the natural logarithm of the sums of exponentials."""
+    tiles = bsa.Tiles(block_q, block_k, descriptors)
+    out, lse2 = bsa.launch_forward(q, k, v, kept, counts, tiles, bound)
+    return out, lse2 * math.log(2)
+
+
+def gradients(q, k, v, kept, counts, block_q: int, block_k: int, descriptors: bool, d_out):
+    tiles = bsa.Tiles(block_q, block_k, descriptors)
+    out, lse2 = bsa.launch_forward(q, k, v, kept, counts, tiles, None)
+    return bsa.launch_backward(q, k, v, kept, counts, out, lse2, d_out, tiles)
+
+
 def reference_attention(q, k, v, kept, counts, block_q: int, block_k: int):
     """fp64 out and lse over the listed blocks."""
     n_k = k.shape[2] // block_k
@@ -69,31 +86,74 @@ def reference_attention(q, k, v, kept, counts, block_q: int, block_k: int):
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
+def golden_tensors(*names: str) -> list[torch.Tensor]:
+    with safe_open(GOLDEN / "cases.safetensors", "pt") as file:
+        return [file.get_tensor(name) for name in names]
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize(
-    ("case", "sparsity", "cdf_threshold", "descriptors"),
+    ("case", "sparsity", "cdf_threshold"),
     [
-        ("topk", 0.5, None, True),
-        ("topk_high", 0.75, None, False),
-        ("cdf", None, 0.35, False),
-        ("cdf_topk", 0.75, 0.45, True),
-        ("cross_shape", 0.5, None, True),
+        ("topk", 0.5, None),
+        ("topk_high", 0.75, None),
+        ("cdf", None, 0.35),
+        ("cdf_topk", 0.75, 0.45),
+        ("cross_shape", 0.5, None),
     ],
 )
-def test_golden_block_sparse_attention(case, sparsity, cdf_threshold, descriptors):
-    with safe_open(GOLDEN, "pt") as file:
-        q, k, v, wanted = (file.get_tensor(f"bsa.{name}") for name in ("q", "k", "v", f"{case}.out"))
+def test_golden_block_sparse_attention(monkeypatch, case, sparsity, cdf_threshold, descriptors):
+    monkeypatch.setattr(bsa_api, "has_descriptors", lambda x: descriptors)
+    q, k, v, wanted = golden_tensors("bsa.q", "bsa.k", "bsa.v", f"bsa.{case}.out")
     grid_q = (4, 8, 8) if case == "cross_shape" else (8, 8, 8)
     q = q[:, :, : wanted.shape[2]]
-    q, k, v = (
-        bsa_reference.to_blocks(x, grid, (4, 4, 4)).flatten(2, 3)
-        for x, grid in ((q, grid_q), (k, (8, 8, 8)), (v, (8, 8, 8)))
-    )
-    top = bsa_reference.blocks_to_keep(8, sparsity)
-    means = bsa.block_means(q, 64), bsa.block_means(k, 64)
-    kept, counts = bsa.choose_blocks(*means, top=top, cdf_threshold=cdf_threshold)
-    out, _ = bsa.attend(q, k, v, kept, counts, block_q=64, block_k=64, descriptors=descriptors)
-    out = bsa_reference.from_blocks(out.unflatten(2, (-1, 64)), grid_q, (4, 4, 4))
+    assert bsa_api.backend(q, k, v) == ("triton_tma" if descriptors else "triton")
+    choice = {"sparsity": sparsity, "cdf_threshold": cdf_threshold}
+    out = bsa_api.block_sparse_attention(q, k, v, grid_q, (8, 8, 8), **choice)
     assert (out - wanted).abs().max() < 5e-6
+
+
+def test_gradients_of_the_public_call_are_those_of_the_reference(monkeypatch):
+    q, k, v = (seeded(1, 2, n, 16, seed=s).requires_grad_() for s, n in enumerate((64, 128, 128)))
+    weight = seeded(1, 2, 64, 16, seed=9)
+
+    def loss() -> torch.Tensor:
+        out = bsa_api.attend_in_block_order(q, k, v, sparsity=0.5, block_q=16, block_k=32)
+        return (out * weight).sum()
+
+    got = torch.autograd.grad(loss(), (q, k, v))
+    compiled = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(), (q, k, v))
+    monkeypatch.setattr(bsa_api, "takes_kernel", lambda *tensors: False)
+    for one, same, other in zip(got, compiled, torch.autograd.grad(loss(), (q, k, v)), strict=True):
+        assert relative_error(one, other.double()) < 3e-6
+        assert torch.equal(one, same)
+
+
+def test_operators_keep_their_promises_to_the_compiler():
+    """Shapes, types and strides that are foretold are those that come, and no output is an input."""
+    q, k, v = (seeded(1, 2, 64, 16, seed=s) for s in range(3))
+    x, rows = seeded(2, 6, 8), [seeded(2, 3, 8, seed=s) for s in range(3)]
+    weight, scale = linear_reference.quantise_rows(seeded(5, 8), torch.int8)
+    checks = ("test_schema", "test_faketensor")
+    for operator, arguments in (
+        (bsa_api._attend, (q, k, v, None, None, 2, None, 16, 16, None)),
+        (bsa_api._attend, (q, k, v, None, None, 1, 0.4, 16, 16, 9.0)),
+        (norm_rope_api._norm_rope, (q, seeded(16), None, None, 1e-6, 16)),
+        (norm_rope_api._norm_rope, (q, seeded(16), seeded(64, 8, 2), torch.arange(64), 1e-6, None)),
+        (modulate_api._modulate, (x, rows[0], x.flip(0), rows[1], rows[2], None, 1e-6, False, None)),
+        (modulate_api._modulate, (x, None, None, rows[1], rows[2], None, 1e-6, False, torch.int8)),
+        (modulate_api._modulate, (x, rows[0], x.flip(0), seeded(8), seeded(8), None, 1e-6, True, None)),
+        (modulate_api._modulate, (x, None, x.flip(0), None, None, None, 0.0, False, None)),
+        (swiglu_api._swiglu, (x, x.flip(0))),
+        (swiglu_api._swiglu_quantised, (x, x.flip(0), torch.int8)),
+        (linear_api._quantise_rows, (x, torch.int8)),
+        (linear_api._multiply_int8, (weight, scale, weight, scale, None, torch.float32)),
+        (linear_api._weight_only, (x[0], weight, scale, None)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+# -- attention over lists -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -102,9 +162,7 @@ def test_golden_block_sparse_attention(case, sparsity, cdf_threshold, descriptor
 def test_attention_over_listed_blocks(dtype, descriptors, bound):
     q, k, v = (seeded(2, 2, n, 32, dtype=dtype, seed=s) for s, n in enumerate((3 * 16, 5 * 32, 5 * 32)))
     kept, counts = lists(2, 2, 3, 5, 4)
-    out, lse = bsa.attend(
-        q, k, v, kept, counts, block_q=16, block_k=32, logit_bound=bound, descriptors=descriptors
-    )
+    out, lse = attend(q, k, v, kept, counts, 16, 32, descriptors, bound)
     wanted, wanted_lse = reference_attention(q.double(), k.double(), v.double(), kept, counts, 16, 32)
     tolerance = 2e-6 if dtype == torch.float32 else 2e-3
     assert relative_error(out, wanted) < tolerance
@@ -117,9 +175,7 @@ def test_attention_survives_logits_that_overflow_without_a_maximum():
         torch.tensor([[[[0, 1], [0, 1]]]], dtype=torch.int32),
         torch.full((1, 1, 2), 2, dtype=torch.int32),
     )
-    out, _ = bsa.attend(
-        60 * q, k, v, kept, counts, block_q=16, block_k=16, logit_bound=1e4, descriptors=False
-    )
+    out, _ = attend(60 * q, k, v, kept, counts, 16, 16, False, bound=1e4)
     wanted, _ = reference_attention(60 * q.double(), k.double(), v.double(), kept, counts, 16, 16)
     assert relative_error(out, wanted) < 1e-4
 
@@ -130,7 +186,7 @@ def test_attention_reads_slices_of_a_fused_projection_in_place(size, descriptors
     q, k, v = fused.permute(2, 0, 3, 1, 4)
     assert bsa.row_view(v).tensor.data_ptr() == v.data_ptr()
     kept, counts = lists(2, 2, 4, 4, 3)
-    out, _ = bsa.attend(q, k, v, kept, counts, block_q=16, block_k=16, descriptors=descriptors)
+    out, _ = attend(q, k, v, kept, counts, 16, 16, descriptors)
     wanted, _ = reference_attention(q.double(), k.double(), v.double(), kept, counts, 16, 16)
     assert relative_error(out, wanted) < 2e-6
     assert out.transpose(1, 2).is_contiguous()
@@ -138,25 +194,23 @@ def test_attention_reads_slices_of_a_fused_projection_in_place(size, descriptors
 
 @pytest.mark.parametrize(("size", "descriptors"), [(16, True), (24, False)])
 def test_gradients_of_attention(size, descriptors):
-    q, k, v = (seeded(1, 2, n, size, seed=s).requires_grad_() for s, n in enumerate((3 * 16, 4 * 32, 4 * 32)))
+    q, k, v = (seeded(1, 2, n, size, seed=s) for s, n in enumerate((3 * 16, 4 * 32, 4 * 32)))
     kept, counts = lists(1, 2, 3, 4, 3)
     counts[0, 0] = 1  # some key blocks are seen by nobody
     weight = seeded(1, 2, 48, size, seed=9)
-    out, _ = bsa.attend(q, k, v, kept, counts, block_q=16, block_k=32, descriptors=descriptors)
-    got = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    got = gradients(q, k, v, kept, counts, 16, 32, descriptors, weight)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
     wanted, _ = reference_attention(*exact, kept, counts, 16, 32)
     for one, other in zip(got, torch.autograd.grad((wanted * weight.double()).sum(), exact), strict=True):
         assert relative_error(one, other) < 3e-6
 
 
 def test_gradient_that_is_one_number_everywhere():
-    q, k, v = (seeded(1, 1, 32, 16, seed=s).requires_grad_() for s in range(3))
+    q, k, v = (seeded(1, 1, 32, 16, seed=s) for s in range(3))
     kept, counts = lists(1, 1, 2, 2, 2)
-    out, _ = bsa.attend(q, k, v, kept, counts, block_q=16, block_k=16, descriptors=True)
-    (got,) = torch.autograd.grad(out.sum(), v)
-    exact = v.detach().double().requires_grad_()
-    wanted, _ = reference_attention(q.detach().double(), k.detach().double(), exact, kept, counts, 16, 16)
+    got = gradients(q, k, v, kept, counts, 16, 16, True, torch.ones(()).expand(1, 1, 32, 16))[2]
+    exact = v.double().requires_grad_()
+    wanted, _ = reference_attention(q.double(), k.double(), exact, kept, counts, 16, 16)
     assert relative_error(got, torch.autograd.grad(wanted.sum(), exact)[0]) < 2e-6
 
 
@@ -216,7 +270,9 @@ def test_descriptors_are_refused_where_rows_do_not_fit():
     assert bsa.fits_descriptors(seeded(1, 2, 16, 64))
     assert not bsa.fits_descriptors(seeded(1, 2, 16, 48))
     assert not bsa.fits_descriptors(seeded(1, 16, 2 * 64 + 1)[..., 1:].unflatten(-1, (2, 64)).transpose(1, 2))
-    assert bsa_api.backend(*(seeded(1, 2, 64, 64),) * 3) == "reference"
+    assert bsa_api.backend(*(seeded(1, 2, 64, 48),) * 3) == "triton"
+    assert bsa_api.backend(*(seeded(1, 2, 64, 64).bfloat16(),) * 3) == "reference"  # wrong in the interpreter
+    assert bsa_api.backend(*(seeded(1, 2, 64, 64),) * 3, block_q=8) == "reference"
 
 
 # -- norm_rope, modulate, swiglu --------------------------------------------------------------------------
@@ -260,16 +316,16 @@ def test_gated_residual_and_modulation(dtype, indexed, gated):
     gate, shift, scale = (seeded(b, frames, 4 * c, seed=2)[..., i * c : (i + 1) * c] for i in range(3))
     index = torch.randint(0, frames, (n,), generator=torch.Generator().manual_seed(3)) if indexed else None
     gate = gate if gated else None
-    y, out = modulate.launch(x, gate, update, shift, scale, index, 1e-6)
+    y, out, _ = modulate.launch(x, gate, update, shift, scale, index, 1e-6)
     exact_gate = torch.ones(b, 1, c).double() if gate is None else gate.double()
     wanted_y = modulate_reference.add_gated(x.double(), exact_gate, update.double(), index if gated else None)
     wanted = modulate_reference.modulate(y.double(), shift.double(), scale.double(), index, 1e-6)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-3
     assert relative_error(y, wanted_y) < tolerance
     assert relative_error(out, wanted) < tolerance
-    _, alone = modulate.launch(y, None, None, shift, scale, index, 1e-6)
+    _, alone, _ = modulate.launch(y, None, None, shift, scale, index, 1e-6)
     assert torch.equal(alone, out)
-    only, nothing = modulate.launch(x, gate, update, None, None, index, 0.0)
+    only, nothing, _ = modulate.launch(x, gate, update, None, None, index, 0.0)
     assert torch.equal(only, y)
     assert nothing is None
 
@@ -277,7 +333,7 @@ def test_gated_residual_and_modulation(dtype, indexed, gated):
 def test_layer_norm_keeps_its_digits_beside_a_large_mean():
     x = 1000 + seeded(1, 2, 100)
     zero = torch.zeros(1, 1, 100)
-    _, out = modulate.launch(x, None, None, zero, zero, None, 1e-6)
+    _, out, _ = modulate.launch(x, None, None, zero, zero, None, 1e-6)
     assert (
         relative_error(out, modulate_reference.modulate(x.double(), zero.double(), zero.double(), None, 1e-6))
         < 1e-4
@@ -292,6 +348,57 @@ def test_swiglu_of_halves_of_one_product(dtype):
     assert relative_error(swiglu.swiglu(a, b), wanted) < (1e-6 if dtype == torch.float32 else 1e-3)
 
 
+def test_gated_residual_and_norm_with_weight_and_bias():
+    x, update, gate = 3 + seeded(2, 7, 40), seeded(2, 7, 40, seed=1), seeded(2, 1, 80, seed=2)[..., 40:]
+    weight, bias = seeded(40, seed=3).half(), seeded(40, seed=4).half()
+    y, out = modulate_api.add_gated_norm(x, gate, update, weight, bias)
+    wanted_y = x.double() + gate.double() * update.double()
+    assert relative_error(y, wanted_y) < 1e-6
+    assert relative_error(out, modulate_reference.layer_norm(y.double(), weight, bias, 1e-6)) < 1e-6
+
+
+def assert_rows(values: torch.Tensor, scale: torch.Tensor, wanted: torch.Tensor) -> None:
+    """int8 rows stand for `wanted` (fp64) as closely as they can."""
+    exact = wanted.abs().amax(-1) / 127
+    assert relative_error(scale, torch.where(exact > 0, exact, 1.0)) < 1e-5
+    assert ((values.double() * scale.double()[..., None] - wanted).abs() <= 0.501 * scale[..., None] + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_quantised_as_they_are_made(dtype):
+    b, n, c = 2, 12, 72
+    x, update = 5 + seeded(b, n, c, dtype=dtype), seeded(b, n, c, dtype=dtype, seed=1)
+    gate, shift, scale = seeded(b, 3, 3 * c, seed=2).chunk(3, dim=-1)
+    index = torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(3))
+    kwargs = {"index": index, "quantise": torch.int8}
+    y, rows = modulate_api.add_gated_modulate(x, gate, update, shift, scale, **kwargs)
+    wanted = modulate_reference.modulate(y.double(), shift.double(), scale.double(), index, 1e-6)
+    assert rows.dtype == dtype
+    assert_rows(rows.values, rows.scale, wanted)
+    alone = modulate_api.modulate(y, shift, scale, **kwargs)
+    assert torch.equal(alone.values, rows.values)
+    weight, bias = seeded(c, seed=4), seeded(c, seed=5)
+    y, rows = modulate_api.add_gated_norm(x, gate, update, weight, bias, **kwargs)
+    assert_rows(rows.values, rows.scale, modulate_reference.layer_norm(y.double(), weight, bias, 1e-6))
+    a, other = 4 * seeded(3, 2 * 2100, dtype=dtype).view(1, 3, -1).chunk(2, dim=-1)[0], seeded(1, 3, 2100).to(dtype)
+    a[0, 1] = 0
+    rows = swiglu_api.swiglu_quantised(a, other, torch.int8)
+    assert_rows(rows.values, rows.scale, swiglu_reference.swiglu(a.double(), other.double()))
+
+
+def test_fp8_rows_are_those_of_the_reference_but_where_the_interpreter_is_wrong():
+    x = seeded(5, 70)
+    (values, scale), (wanted, wanted_scale) = (
+        module.quantise_rows(x, torch.float8_e4m3fn) for module in (linear, linear_reference)
+    )
+    torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
+    # It forgets the carry where rounding reaches a power of two; the public calls take the reference there.
+    sure = wanted.float().frexp().mantissa.abs() != 0.5
+    assert sure.float().mean() > 0.7
+    assert torch.equal(values.float()[sure], wanted.float()[sure])
+    assert torch.equal(linear_api.quantise_rows(x, torch.float8_e4m3fn).values.float(), wanted.float())
+
+
 # -- linear -----------------------------------------------------------------------------------------------
 
 
@@ -299,8 +406,8 @@ def test_swiglu_of_halves_of_one_product(dtype):
 def test_rows_are_quantised_as_in_the_reference(dtype):
     x = seeded(5, 2 * 70, dtype=dtype)[:, 70:].clone(memory_format=torch.preserve_format)
     x[2] = 0
-    values, scales = linear.quantise_rows(x)
-    wanted, wanted_scales = linear_reference.quantise_rows(x)
+    values, scales = linear.quantise_rows(x, torch.int8)
+    wanted, wanted_scales = linear_reference.quantise_rows(x, torch.int8)
     torch.testing.assert_close(scales, wanted_scales, rtol=1e-6, atol=0)
     # A value beside a half may round either way where the quotient differs in its last bit.
     assert (values.int() - wanted.int()).abs().max() <= 1
@@ -311,10 +418,10 @@ def test_rows_are_quantised_as_in_the_reference(dtype):
 @pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize(("m", "n", "k", "bias"), [(37, 40, 80, True), (130, 130, 72, False)])
 def test_int8_product_is_exact_before_scaling(m, n, k, bias, descriptors):
-    x, (weight, scale) = seeded(m, k), linear_reference.quantise_rows(seeded(n, k, seed=1))
+    x, (weight, scale) = seeded(m, k), linear_reference.quantise_rows(seeded(n, k, seed=1), torch.int8)
     offset = seeded(n, seed=2) if bias else None
-    out = linear.linear_int8(x, weight, scale, offset, descriptors=descriptors)
-    values, x_scale = linear.quantise_rows(x)
+    values, x_scale = linear.quantise_rows(x, torch.int8)
+    out = linear.multiply_int8(values, x_scale, weight, scale, offset, x.dtype, descriptors=descriptors)
     wanted = values.double() @ weight.double().t() * x_scale.double()[:, None] * scale.double()
     assert relative_error(out, wanted + (0 if offset is None else offset.double())) < 1e-6
     full = x.double() @ (weight.double() * scale.double()[:, None]).t()
@@ -326,7 +433,7 @@ def test_int8_product_is_exact_before_scaling(m, n, k, bias, descriptors):
 @pytest.mark.parametrize(("m", "n", "k", "bias"), [(37, 40, 80, True), (130, 130, 72, False)])
 def test_weight_only_product(m, n, k, bias, descriptors, dtype):
     x = seeded(m, k, dtype=dtype)
-    weight, scale = linear_reference.quantise_rows(seeded(n, k, seed=1))
+    weight, scale = linear_reference.quantise_rows(seeded(n, k, seed=1), torch.int8)
     offset = seeded(n, seed=2).to(torch.bfloat16) if bias else None
     out = linear.linear_weight_only(x, weight, scale, offset, descriptors=descriptors)
     wanted = x.double() @ (weight.double() * scale.double()[:, None]).t()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kernels.block_sparse_attention.api import block_order
+from kernels.norm_rope.reference import rotate
 from model.config import BlockSparseConfig, DiTConfig
-from model.dit import DiT, rotary_table, rotate
+from model.dit import DiT, rotary_table
 from model.errors import CheckpointError, InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,9 +80,10 @@ def test_conditions_in_the_sequence_match_golden(cases, dit):
 
 def test_cache_of_one_serves_a_batch_of_two_and_matches_golden(cases, dit):
     cache = dit.build_cond_cache(cases["kv.cond_x"])
-    for i in range(2):
-        assert (cache.keys[i] - cases[f"kv.k.{i}"]).abs().max() < ONE_FORWARD
-        assert (cache.values[i] - cases[f"kv.v.{i}"]).abs().max() < ONE_FORWARD
+    table = rotary_table(0, *cache.grid, dit.config.head_dim, torch.device("cpu"))
+    for i, layer in enumerate(cache.layers):
+        assert (layer.keys - rotate(cases[f"kv.k.{i}"], table)).abs().max() < ONE_FORWARD
+        assert (layer.values - cases[f"kv.v.{i}"]).abs().max() < ONE_FORWARD
     out = dit(cases["kv.x"], cases["kv.t"], cases["dense.y"], cases["dense.mask"], cond_cache=cache)
     assert (out - cases["kv.out"]).abs().max() < ONE_FORWARD
 
@@ -220,6 +223,86 @@ def test_official_size_builds_on_the_meta_device_without_buffers():
     assert not list(model.buffers())
 
 
+def sparse_dit() -> DiT:
+    model = tiny_dit(bsa_params=BlockSparseConfig(sparsity=0.5))
+    model.attention = "block_sparse"
+    return model
+
+
+def sparse_inputs(frames: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, 16, frames, 8, 16, generator=generator)
+    text = torch.randn(1, 1, 5, 8, generator=generator)
+    return latents, torch.tensor([500.0]), text, torch.ones(1, 5, dtype=torch.long)
+
+
+@pytest.mark.parametrize("zero_pad", [True, False])
+@pytest.mark.parametrize("attention", ["dense", "block_sparse"])
+@pytest.mark.parametrize("conditions", ["none", "in the sequence", "cached"])
+def test_compiles_as_one_graph(attention, conditions, zero_pad):
+    torch._dynamo.reset()
+    model = tiny_dit(bsa_params=BlockSparseConfig(sparsity=0.5), text_tokens_zero_pad=zero_pad)
+    model.attention = attention
+    latents, timestep, text, mask = sparse_inputs(8)
+    kwargs: dict[str, object] = {}
+    if conditions == "in the sequence":
+        timestep, kwargs = torch.tensor([[0.0] * 4 + [500.0] * 4]), {"num_cond_latents": 4}
+    elif conditions == "cached":
+        kwargs, latents = {"cond_cache": model.build_cond_cache(latents[:, :, :4])}, latents[:, :, 4:]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        wanted = model(latents, timestep, text, mask, **kwargs)
+        out = compiled(latents, timestep, text, mask, **kwargs)
+    torch.testing.assert_close(out, wanted, atol=2e-6, rtol=0)
+
+
+def test_tokens_are_put_into_block_order_once(monkeypatch):
+    made = []
+    monkeypatch.setattr("model.dit.block_order", lambda *of: made.append(of) or block_order(*of))
+    model = sparse_dit()
+    repacked = []
+    monkeypatch.setattr(
+        "kernels.block_sparse_attention.reference.from_blocks", lambda *of: repacked.append(of)
+    )
+    model(*sparse_inputs(8))
+    assert len(made) == 1
+    assert not repacked
+
+
+@pytest.mark.parametrize(("num_cond", "frames"), [(1, 2), (4, 5), (8, 9)])
+def test_parts_that_do_not_divide_keep_their_order_and_all_tokens_their_place(num_cond, frames):
+    """A single frame of noise, or of conditions, attends densely: with one block kept of all it is all dense."""
+    model = tiny_dit(bsa_params=BlockSparseConfig(sparsity=0.0))
+    inputs = sparse_inputs(frames)
+    timestep = torch.tensor([[0.0] * num_cond + [500.0] * (frames - num_cond)])
+    dense = model(inputs[0], timestep, *inputs[2:], num_cond_latents=num_cond)
+    model.attention = "block_sparse"
+    out = model(inputs[0], timestep, *inputs[2:], num_cond_latents=num_cond)
+    torch.testing.assert_close(out, dense, atol=2e-6, rtol=0)
+    cache = model.build_cond_cache(inputs[0][:, :, :num_cond])
+    out = model(inputs[0][:, :, num_cond:], timestep[:, num_cond:], *inputs[2:], cond_cache=cache)
+    torch.testing.assert_close(out, dense[:, :, num_cond:], atol=2e-6, rtol=0)
+
+
+def test_no_logit_passes_the_bound_of_the_norms(monkeypatch):
+    model = sparse_dit().requires_grad_(False)
+    for block in model.blocks:
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            norm.weight.copy_(1 + torch.randn(16, generator=torch.Generator().manual_seed(3)))
+    model.bound_logits()
+    seen = []
+
+    def look(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: float) -> torch.Tensor:
+        seen.append((float((q @ k.transpose(-1, -2)).abs().max()) * 16**-0.5, options["logit_bound"]))
+        return v
+
+    monkeypatch.setattr("model.dit.attend_in_block_order", look)
+    model(*sparse_inputs(8))
+    assert len(seen) == 2
+    assert all(0.1 * bound < largest < bound for largest, bound in seen)
+    assert DiT(TINY).blocks[0].attn.logit_bound is None  # nothing is promised of weights that nobody looked at
+
+
 def test_requests_that_do_not_fit_are_refused():
     model = tiny_dit()
     latents, timestep, text, mask = tiny_inputs()
@@ -234,6 +317,11 @@ def test_requests_that_do_not_fit_are_refused():
         model(latents, timestep, text, mask)
     with pytest.raises(InputError, match="does not fit"):
         tiny_dit()(latents, timestep, text, mask, cond_cache=tiny_dit().build_cond_cache(latents[..., :2]))
+    model.attention = "dense"
+    cache = model.build_cond_cache(latents[:, :, :1])
+    model.attention = "block_sparse"
+    with pytest.raises(InputError, match="was made for dense"):
+        model(latents[:, :, :1], timestep, text, mask, cond_cache=cache)
 
 
 def test_configuration_ignores_unknown_keys_and_names_bad_ones():
@@ -246,3 +334,5 @@ def test_configuration_ignores_unknown_keys_and_names_bad_ones():
     assert caught.value.problems == ["depth: missing, wanted int", "num_heads: 'two' is not int"]
     with pytest.raises(CheckpointError, match="no multiple"):
         dataclasses.replace(TINY, num_heads=3)
+    with pytest.raises(CheckpointError, match="must be the same"):
+        BlockSparseConfig(chunk_3d_shape_k=(2, 4, 4))

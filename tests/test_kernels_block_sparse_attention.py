@@ -55,7 +55,8 @@ def test_equals_dense_attention_under_the_mask_of_kept_blocks():
     coarse = [F.interpolate(x.view(4, 8, 8, 8, 16).permute(0, 4, 1, 2, 3), scale_factor=0.25) for x in (q, k)]
     q, k = (F.interpolate(x, scale_factor=4).permute(0, 2, 3, 4, 1).reshape(2, 2, 512, 16) for x in coarse)
     blocks = [reference.to_blocks(x, grid, chunk) for x in (q, k, v)]
-    kept, valid = reference.choose_blocks(*blocks[:2], sparsity=0.7, cdf_threshold=0.6)
+    means = (reference.block_means(x) for x in blocks[:2])
+    kept, valid = reference.choose_blocks(*means, sparsity=0.7, cdf_threshold=0.6)
     seen = torch.zeros(2, 2, 8, 8, dtype=torch.bool).scatter(-1, kept, valid)
     assert 1 <= int(seen.sum(-1).min()) < int(seen.sum(-1).max()) <= 8
     mask = seen.repeat_interleave(64, -1).repeat_interleave(64, -2)

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_kernels_agree_with_their_references_in_the_interpreter():
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_network.py"])
+def test_kernels_agree_with_their_references_in_the_interpreter(file):
     """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""
     command = [
         sys.executable,
@@ -20,7 +24,7 @@ def test_kernels_agree_with_their_references_in_the_interpreter():
         "-x",
         "-p",
         "no:cacheprovider",
-        "tests/interpreted_kernels.py",
+        f"tests/{file}",
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)

@@ -12,6 +12,7 @@ from kernels.linear import api as linear
 from kernels.linear import reference as linear_reference
 from kernels.modulate import api as modulate
 from kernels.norm_rope import api as norm_rope
+from kernels.norm_rope import reference as norm_rope_reference
 from kernels.swiglu import api as swiglu
 from model import dit as model
 
@@ -43,47 +44,80 @@ def test_attention_in_block_order_is_that_in_token_order():
         bsa.attend_in_block_order(q, k, v, sparsity=None)
 
 
-def test_norm_rope_is_the_models_norm_and_rotary_in_any_token_order():
+def test_norm_rope_in_any_token_order_is_norm_then_rotation():
     grid, size = (2, 4, 8), 16
-    norm = model.HeadNorm(size)
-    with torch.no_grad():
-        norm.weight.copy_(1 + seeded(size) / 10)
-    x = seeded(2, 3, 64, size, seed=1)
-    angles = model.rotary_table(3, *grid, size, torch.device("cpu"))
-    wanted = model.rotate(norm(x), angles)
-    table = torch.view_as_real(angles)
-    out, means = norm_rope.norm_rope(x, norm.weight, table)
+    weight, x = 1 + seeded(size) / 10, seeded(2, 3, 64, size, seed=1)
+    table = model.rotary_table(3, *grid, size, torch.device("cpu"))
+    normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    even, odd, cos, sin = normed[..., ::2], normed[..., 1::2], *table.double().unbind(-1)
+    wanted = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).float()
+    out, means = norm_rope.norm_rope(x, weight, table)
     assert means is None
     torch.testing.assert_close(out, wanted, atol=2e-6, rtol=0)
     order = bsa.block_order(grid, (2, 4, 4))
-    out, means = norm_rope.norm_rope(x[:, :, order], norm.weight, table, index=order, block=32)
+    out, means = norm_rope.norm_rope(x[:, :, order], weight, table, index=order, block=32)
     torch.testing.assert_close(out, wanted[:, :, order], atol=2e-6, rtol=0)
     torch.testing.assert_close(means, out.unflatten(2, (2, 32)).mean(3))
     for bad in ({"block": 48}, {"index": order[:3]}):
         with pytest.raises(ValueError):
-            norm_rope.norm_rope(x, norm.weight, table, **bad)
+            norm_rope.norm_rope(x, weight, table, **bad)
 
 
-def test_modulation_and_gated_residual_are_the_models_in_any_token_order():
+def test_compiled_and_eager_rotation_agree():
+    x, table = seeded(1, 2, 24, 8), model.rotary_table(0, 2, 3, 4, 8, torch.device("cpu"))
+    compiled = torch.compile(norm_rope_reference.rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, table), norm_rope_reference.rotate(x, table), atol=1e-6, rtol=0)
+
+
+def test_modulation_and_gated_residual_in_any_token_order():
     x, update = seeded(2, 12, 8), seeded(2, 12, 8, seed=1)
     gate, shift, scale = seeded(2, 3, 24, seed=2).chunk(3, dim=-1)
-    y = model.add_gated(x, gate, update)
-    wanted = model.modulate(y, shift, scale)
-    torch.testing.assert_close(modulate.add_gated(x, gate, update), y)
-    torch.testing.assert_close(modulate.modulate(y, shift, scale), wanted)
+    rows = torch.arange(12) // 4
+    y = x.double() + gate.double()[:, rows] * update.double()
+    normed = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    wanted = normed * (1 + scale.double()[:, rows]) + shift.double()[:, rows]
+    close = {"atol": 2e-6, "rtol": 2e-6}
+    torch.testing.assert_close(modulate.add_gated(x, gate, update), y.float(), **close)
+    torch.testing.assert_close(modulate.modulate(y.float(), shift, scale), wanted.float(), **close)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     out = modulate.add_gated_modulate(x[:, order], gate, update[:, order], shift, scale, index=order // 4)
-    torch.testing.assert_close(out, (y[:, order], wanted[:, order]))
+    torch.testing.assert_close(out, (y[:, order].float(), wanted[:, order].float()), **close)
     with pytest.raises(ValueError, match="give an index"):
         modulate.modulate(x[:, 1:], shift, scale)
     with pytest.raises(ValueError, match="does not fit"):
         modulate.modulate(x, shift[..., 1:], scale)
 
 
-def test_affine_layer_norm_is_modulation_by_one_row():
-    x, weight, bias = 3 + seeded(2, 5, 8), seeded(8, seed=1), seeded(8, seed=2)
-    out = modulate.modulate(x, bias.expand(2, 1, 8), weight.expand(2, 1, 8) - 1)
-    torch.testing.assert_close(out, F.layer_norm(x, (8,), weight, bias, 1e-6))
+def test_norm_with_weight_and_bias_after_the_gated_residual():
+    x, weight, bias, update = 3 + seeded(2, 5, 8), seeded(8, seed=1), seeded(8, seed=2), seeded(2, 5, 8, seed=3)
+    gate = seeded(2, 1, 8, seed=4)
+    y, out = modulate.add_gated_norm(x, gate, update, weight, bias)
+    torch.testing.assert_close(y, x + gate * update)
+    torch.testing.assert_close(out, F.layer_norm(x + gate * update, (8,), weight, bias, 1e-6))
+    with pytest.raises(ValueError, match="do not fit"):
+        modulate.add_gated_norm(x, gate, update, weight[1:], bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_rows_are_quantised_from_what_the_steps_give_in_fp32(dtype):
+    x, update, row = seeded(2, 6, 8).bfloat16(), seeded(2, 6, 8, seed=1).bfloat16(), seeded(2, 1, 8, seed=2)
+    y = modulate.add_gated(x, row, update)
+    normed = modulate.modulate(y.float(), row, row)
+    wanted = linear.quantise_rows(normed, dtype)
+    summed, rows = modulate.add_gated_modulate(x, row, update, row, row, quantise=dtype)
+    alone = modulate.modulate(y, row, row, quantise=dtype)
+    assert torch.equal(summed, y)
+    for got in (rows, alone):
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got.values.float(), wanted.values.float())
+        assert torch.equal(got.scale, wanted.scale)
+    gated = swiglu.swiglu_quantised(x, update, dtype)
+    assert torch.equal(gated.scale, linear.quantise_rows(F.silu(x.float()) * update.float(), dtype).scale)
+    weight = linear.quantise_rows(seeded(5, 8, seed=5), dtype)
+    out = linear.linear_quantised(rows, weight.values, weight.scale)
+    assert out.dtype == torch.bfloat16
+    unfused = linear.linear_quantised(normed, weight.values, weight.scale)
+    torch.testing.assert_close(out, unfused.bfloat16())
 
 
 def test_gradients_pass_through_the_public_calls():
@@ -105,8 +139,8 @@ def test_swiglu_refuses_halves_that_differ():
 @pytest.mark.parametrize("kind", ["int8", "fp8", "weight_only"])
 def test_quantised_linears_are_close_to_the_linear(kind):
     x, weight, bias = seeded(2, 3, 64), seeded(48, 64, seed=1), seeded(48, seed=2)
-    quantised = linear.quantise_weight_fp8(weight) if kind == "fp8" else linear_reference.quantise_rows(weight)
-    call = {"int8": linear.linear_int8, "fp8": linear.linear_fp8, "weight_only": linear.linear_weight_only}[kind]
+    quantised = linear.quantise_rows(weight, torch.float8_e4m3fn if kind == "fp8" else torch.int8)[:2]
+    call = linear.linear_weight_only if kind == "weight_only" else linear.linear_quantised
     out, wanted = call(x, *quantised, bias), F.linear(x, weight, bias)
     assert out.shape == wanted.shape
     # fp8 has three bits of mantissa, int8 seven bits for each row.
@@ -116,7 +150,7 @@ def test_quantised_linears_are_close_to_the_linear(kind):
 
 
 def test_weight_only_expands_a_few_rows_at_a_time(monkeypatch):
-    x, (weight, scale) = seeded(5, 64), linear_reference.quantise_rows(seeded(48, 64, seed=1))
+    x, (weight, scale) = seeded(5, 64), linear_reference.quantise_rows(seeded(48, 64, seed=1), torch.int8)
     whole = linear.linear_weight_only(x, weight, scale)
     monkeypatch.setattr(linear_reference, "_EXPANDED_BYTES", 7 * 64 * 4)
     largest = []
@@ -131,7 +165,7 @@ def test_int8_sums_are_exact_where_fp32_would_round():
     x[:, 0] = 127
     weight = (200 * seeded(8, 20_000, seed=1)).round().clamp(-127, 127) + x
     weight = weight.clamp(-127, 127).to(torch.int8)
-    out = linear.linear_int8(x, weight, torch.ones(8))
+    out = linear.linear_quantised(x, weight, torch.ones(8))
     assert torch.equal(out, (x.double() @ weight.double().t()).float())
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from model.config import DiTConfig
 from model.dit import DiT
-from model.errors import CheckpointError
+from model.errors import CheckpointError, InputError
 from model.lora import load_lora, merge_lora
-from model.quantize import QuantLinear, quantize_, quantize_weight
+from model.quantize import QuantLinear, choose_products_, quantize_, quantize_weight
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -72,3 +72,36 @@ def test_merging_a_lora_into_int8_weights_is_refused(dit):
     quantize_(dit)
     with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv: is a QuantLinear"):
         merge_lora(dit, load_lora(GOLDEN / "lora.safetensors"), 1.0)
+
+
+@pytest.mark.parametrize("stored", ["float", "int8"])
+@pytest.mark.parametrize("products", ["weight_only", "int8", "fp8"])
+def test_large_linears_multiply_in_the_type_chosen(cases, dit, stored, products):
+    if stored == "int8":
+        quantize_(dit)
+    if (stored, products) == ("int8", "fp8"):
+        with pytest.raises(InputError, match="is a QuantLinear and cannot multiply in fp8"):
+            choose_products_(dit, products)
+        return
+    choose_products_(dit, products)
+    wanted = {"weight_only": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[products]
+    names = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "ffn.w1", "ffn.w2", "ffn.w3")
+    assert all(dit.get_submodule(f"blocks.1.{name}").activations == wanted for name in names)
+    small = dit.get_submodule("blocks.1.adaLN_modulation.1")
+    assert isinstance(small, QuantLinear if stored == "int8" else torch.nn.Linear)
+    with torch.no_grad():
+        out = dit(*(cases[f"dense.{name}"] for name in ("x", "t", "y", "mask")))
+    error = (out - cases["dense.out"]).square().mean().sqrt() / cases["dense.out"].std()
+    assert 0 < error < (0.12 if products == "fp8" else 0.05)
+
+
+def test_activations_that_two_linears_share_are_quantised_once(cases, dit, monkeypatch):
+    from kernels.linear import reference
+
+    choose_products_(dit, "int8")
+    shapes, plain = [], reference.quantise_rows
+    monkeypatch.setattr(reference, "quantise_rows", lambda x, dtype: shapes.append(x.shape[-1]) or plain(x, dtype))
+    with torch.no_grad():
+        dit(*(cases[f"dense.{name}"] for name in ("x", "t", "y", "mask")))
+    # In each layer: for qkv, proj, q_linear, proj, for w1 and w3 together, and for w2.
+    assert len(shapes) == 2 * 6

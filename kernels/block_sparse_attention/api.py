@@ -9,20 +9,18 @@ Shapes: B batch, H heads, N tokens, D head size, n blocks. Grids and chunks are 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kernels.block_sparse_attention import reference
+from kernels.dispatch import has_descriptors, takes_kernel
 
 Grid = tuple[int, int, int]
 Backend = Literal["triton_tma", "triton", "reference"]
 
-_KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SMALLEST_KERNEL_BLOCK = 16
 
 
@@ -95,64 +93,149 @@ def attend_in_block_order(
     for name, tokens, block in (("q", q, block_q), ("k", k, block_k)):
         if tokens.shape[2] % block:
             raise ValueError(f"{name}: {tokens.shape[2]} tokens do not divide into blocks of {block}")
-    chosen = backend(q, k, v, block_q=block_q, block_k=block_k)
-    if chosen == "reference":
-        return _attend_reference(q, k, v, sparsity, cdf_threshold, block_q, block_k)
-    from kernels.block_sparse_attention import triton_impl
-
-    with torch.no_grad():
-        q_means = triton_impl.block_means(q, block_q) if q_means is None else q_means
-        k_means = triton_impl.block_means(k, block_k) if k_means is None else k_means
-        top = reference.blocks_to_keep(k_means.shape[2], sparsity)
-        kept, counts = triton_impl.choose_blocks(q_means, k_means, top=top, cdf_threshold=cdf_threshold)
-    out, _ = triton_impl.attend(
-        q,
-        k,
-        v,
-        kept,
-        counts,
-        block_q=block_q,
-        block_k=block_k,
-        logit_bound=logit_bound,
-        descriptors=chosen == "triton_tma",
-    )
-    return out
+    if not _fits_kernel(q, k, v, block_q, block_k):
+        return _attend_reference(q, k, v, sparsity, cdf_threshold, block_q, block_k, q_means, k_means)
+    top = reference.blocks_to_keep(k.shape[2] // block_k, sparsity)
+    means = (None if m is None else m.detach() for m in (q_means, k_means))
+    return _attend(q, k, v, *means, top, cdf_threshold, block_q, block_k, logit_bound)[0]
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor, *, block_q: int = 64, block_k: int = 64) -> Backend:
     """What runs for these tensors: the Triton kernel with TMA descriptors, with pointers, or plain torch.
 
     Descriptors need compute capability 9.0, a head size that is a power of two and 16-byte aligned rows; the
-    kernel needs CUDA, blocks of a power of two of at least 16 tokens, and one type of at most 32 bits.
+    kernel needs a place where Triton runs, blocks of a power of two of at least 16 tokens, and one type of at most
+    32 bits.
     """
-    blocks_fit = all(n >= _SMALLEST_KERNEL_BLOCK and n & (n - 1) == 0 for n in (block_q, block_k))
-    types_fit = q.dtype in _KERNEL_TYPES and q.dtype == k.dtype == v.dtype
-    if not (q.is_cuda and blocks_fit and types_fit and importlib.util.find_spec("triton")):
+    if not _fits_kernel(q, k, v, block_q, block_k):
         return "reference"
+    return "triton_tma" if _uses_descriptors(q, k, v) else "triton"
+
+
+def block_order(grid: Grid, chunk: Grid = (4, 4, 4), device: torch.device | None = None) -> Tensor:
+    """int64 [N]: entry p is the (t,h,w)-order index of the token that stands at p in block order.
+
+    `x[:, order]` puts tokens into block order and `order // (h*w)` is the frame of each.
+    """
+    index = torch.arange(math.prod(grid), device=device).view(1, 1, -1, 1)
+    return reference.to_blocks(index, grid, chunk).flatten()
+
+
+def _fits_kernel(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int) -> bool:
+    blocks_fit = all(n >= _SMALLEST_KERNEL_BLOCK and n & (n - 1) == 0 for n in (block_q, block_k))
+    return blocks_fit and q.dtype == k.dtype == v.dtype and takes_kernel(q, k, v)
+
+
+def _uses_descriptors(q: Tensor, k: Tensor, v: Tensor) -> bool:
     from kernels.block_sparse_attention import triton_impl
 
-    modern = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return "triton_tma" if modern and triton_impl.fits_descriptors(q, k, v) else "triton"
+    return has_descriptors(q) and triton_impl.fits_descriptors(q, k, v)
 
 
-@functools.lru_cache(maxsize=16)
-def block_order(grid: Grid, chunk: Grid = (4, 4, 4)) -> Tensor:
-    """int64 [N] on the CPU: entry p is the (t,h,w)-order index of the token that stands at p in block order.
+@torch.library.custom_op("longtake::block_sparse_attention", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_means: Tensor | None,
+    k_means: Tensor | None,
+    top: int,
+    cdf_threshold: float | None,
+    block_q: int,
+    block_k: int,
+    logit_bound: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Gating and attention as one operator of torch.compile, since a mass threshold makes lists whose length depends
+    on the data: out [B,H,Nq,D] and the base-2 logarithm of the sums of exponentials [B,H,Nq]."""
+    from kernels.block_sparse_attention import triton_impl
 
-    `x[:, order]` puts tokens into block order and `order // (h*w)` is the frame of each. Do not write to it.
-    """
-    with torch.inference_mode(False), torch.device("cpu"):
-        index = torch.arange(math.prod(grid)).view(1, 1, -1, 1)
-        return reference.to_blocks(index, grid, chunk).flatten()
+    kept, counts = _choose(q, k, q_means, k_means, top, cdf_threshold, block_q, block_k)
+    tiles = triton_impl.Tiles(block_q, block_k, _uses_descriptors(q, k, v))
+    return triton_impl.launch_forward(q, k, v, kept, counts, tiles, logit_bound)
+
+
+@_attend.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    b, h, n, d = q.shape
+    return q.new_empty(b, n, h, d).transpose(1, 2), q.new_empty(b, h, n, dtype=torch.float32)
+
+
+@torch.library.custom_op("longtake::block_sparse_attention_backward", mutates_args=())
+def _attend_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_means: Tensor | None,
+    k_means: Tensor | None,
+    out: Tensor,
+    lse2: Tensor,
+    d_out: Tensor,
+    top: int,
+    cdf_threshold: float | None,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous. The blocks are chosen again, from the same means and so alike."""
+    from kernels.block_sparse_attention import triton_impl
+
+    kept, counts = _choose(q, k, q_means, k_means, top, cdf_threshold, block_q, block_k)
+    tiles = triton_impl.Tiles(block_q, block_k, _uses_descriptors(q, k, v))
+    return triton_impl.launch_backward(q, k, v, kept, counts, out, lse2, d_out, tiles)
+
+
+@_attend_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    q_means: Tensor | None,
+    k_means: Tensor | None,
+    top: int,
+    cdf_threshold: float | None,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor]:
+    from kernels.block_sparse_attention import triton_impl
+
+    q_means = triton_impl.block_means(q, block_q) if q_means is None else q_means
+    k_means = triton_impl.block_means(k, block_k) if k_means is None else k_means
+    return triton_impl.choose_blocks(q_means, k_means, top=top, cdf_threshold=cdf_threshold)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, top, cdf_threshold, block_q, block_k, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.numbers = top, cdf_threshold, block_q, block_k
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _attend_backward(*ctx.saved_tensors, d_out, *ctx.numbers)
+    return (*gradients, *[None] * 7)
+
+
+_attend.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, sparsity: float | None, cdf: float | None, block_q: int, block_k: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sparsity: float | None,
+    cdf: float | None,
+    block_q: int,
+    block_k: int,
+    q_means: Tensor | None,
+    k_means: Tensor | None,
 ) -> Tensor:
     q_blocks, k_blocks, v_blocks = (
         x.unflatten(2, (-1, block)) for x, block in ((q, block_q), (k, block_k), (v, block_k))
     )
-    kept, valid = reference.choose_blocks(q_blocks, k_blocks, sparsity=sparsity, cdf_threshold=cdf)
+    q_means = reference.block_means(q_blocks) if q_means is None else q_means
+    k_means = reference.block_means(k_blocks) if k_means is None else k_means
+    kept, valid = reference.choose_blocks(q_means, k_means, sparsity=sparsity, cdf_threshold=cdf)
     return reference.attend_to_blocks(q_blocks, k_blocks, v_blocks, kept, valid).flatten(2, 3)
 
 

@@ -39,20 +39,26 @@ def blocks_to_keep(n_k: int, sparsity: float | None) -> int:
     return 1 if sparsity is None else max(1, int((1 - sparsity) * n_k))
 
 
+def block_means(blocks: Tensor) -> Tensor:
+    """[B,H,n,c,D] -> fp32 means [B,H,n,D]."""
+    return blocks.to(torch.promote_types(blocks.dtype, torch.float32)).mean(3)
+
+
 @torch.no_grad()
 def choose_blocks(
-    q_blocks: Tensor, k_blocks: Tensor, *, sparsity: float | None, cdf_threshold: float | None
+    q_means: Tensor, k_means: Tensor, *, sparsity: float | None, cdf_threshold: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Kept key blocks: indices [B,H,nq,m], and valid [B,H,nq,m] if some rows keep fewer than m."""
-    nk, d = k_blocks.shape[2], k_blocks.shape[4]
-    q_mean, k_mean = q_blocks.float().mean(3), k_blocks.float().mean(3)
-    scores = q_mean @ k_mean.transpose(-1, -2)
+    """Kept key blocks from block means [B,H,n,D]: indices [B,H,nq,m], and valid [B,H,nq,m] if some rows keep fewer
+    than m."""
+    nk, d = k_means.shape[2:]
+    scores = q_means @ k_means.transpose(-1, -2)
     top = blocks_to_keep(nk, sparsity)
     if cdf_threshold is None:
         return scores.topk(top, dim=-1).indices, None
     mass, order = (scores * d**-0.5).softmax(-1).sort(dim=-1, descending=True)
     count = (mass.cumsum(-1) <= cdf_threshold).sum(-1).clamp(min=top)
-    m = int(count.max())
+    # A compiled graph has no place for a length that depends on the data: there the lists keep their full width.
+    m = nk if torch.compiler.is_compiling() else int(count.max())
     valid = torch.arange(m, device=count.device) < count[..., None]
     return order[..., :m], valid
 

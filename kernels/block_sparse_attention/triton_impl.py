@@ -446,59 +446,16 @@ class Tiles(NamedTuple):
         return rows.descriptor(block) if self.descriptors else rows.tensor
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    *,
-    block_q: int,
-    block_k: int,
-    logit_bound: float | None = None,
-    descriptors: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks: out [B,H,Nq,D] (a view of [B,Nq,H,D]) and lse fp32 [B,H,Nq].
-
-    Differentiable in q, k and v. lse is the natural logarithm of the sum of exponentials, not
-    differentiable. `logit_bound` promises |q.k| D^-1/2 <= bound and does without a running maximum where
-    that is exact enough (at most MAX_LOGIT_BOUND, not in fp16).
-    """
-    tiles = Tiles(block_q, block_k, descriptors)
-    out, lse = _BlockSparseAttention.apply(q, k, v, kept, counts, tiles, logit_bound)
-    return out, lse
-
-
-class _BlockSparseAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kept: Tensor,
-        counts: Tensor,
-        tiles: Tiles,
-        bound: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse2 = launch_forward(q, k, v, kept, counts, tiles, bound)
-        ctx.save_for_backward(q, k, v, kept, counts, out, lse2)
-        ctx.tiles = tiles
-        lse = lse2 * (1 / LOG2_E)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, kept, counts, out, lse2 = ctx.saved_tensors
-        return (*launch_backward(q, k, v, kept, counts, out, lse2, d_out, ctx.tiles), None, None, None, None)
-
-
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, tiles: Tiles, bound: float | None,
     options: dict[str, int] = FORWARD_OPTIONS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out and the logarithm to base 2 of the sums of exponentials."""
+    """Attention over the listed blocks: out [B,H,Nq,D] (a view of [B,Nq,H,D]), and the logarithm to base 2 of the
+    sums of exponentials, fp32 [B,H,Nq].
+
+    `bound` promises |q.k| D^-1/2 <= bound and does without a running maximum where that is exact enough (at most
+    MAX_LOGIT_BOUND, not in fp16).
+    """
     b, h, n, d = q.shape
     out = torch.empty(b, n, h, d, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse2 = torch.empty(b, h, n, dtype=torch.float32, device=q.device)

@@ -1,47 +1,102 @@
 """Linear layers with quantised weights. None of them trains: there are no gradients.
 
 Shapes: x [..., K], weight [N,K] contiguous, weight_scale [N] (weight = weight_q * scale by output row), bias [N]
-or None; returns [..., N] in the type of x. `backend` says what runs.
+or None; returns [..., N]. Activations are quantised with one scale for each row, by `quantise_rows` or within the
+kernel that makes them (modulate, swiglu). `backend` says what runs.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.dispatch import INTERPRETED, capability, has_descriptors, takes_kernel
 from kernels.linear import reference
 
 Backend = Literal["triton_tma", "triton", "scaled_mm", "reference"]
+QUANTISED_TYPES = (torch.int8, torch.float8_e4m3fn)
+
+
+class QuantisedRows(NamedTuple):
+    """Activations with one scale for each row: values [..., K] in int8 or fp8 (e4m3), fp32 scale [...], and the type
+    that stands for (and that a product of them has)."""
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+Activations = Tensor | QuantisedRows
 
 
 @torch.no_grad()
-def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """int8 weight, and x quantised to int8 with one scale for each row: integer products, exact sums."""
-    _check(x, weight, weight_scale, torch.int8)
-    rows, chosen = x.flatten(0, -2), backend(x, weight)
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> QuantisedRows:
+    """x [..., K] by rows in `dtype` (int8 or float8_e4m3fn): scale = max|x| / largest value, a row of zeros gets 1."""
+    if dtype not in QUANTISED_TYPES:
+        raise ValueError(f"dtype: {dtype}, wanted one of {QUANTISED_TYPES}")
+    values, scale = _quantise_rows(x, dtype) if takes_kernel(x, makes=dtype) else reference.quantise_rows(x, dtype)
+    return QuantisedRows(values, scale, x.dtype)
+
+
+@torch.no_grad()
+def linear_quantised(
+    x: Activations, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """A product in the type of the weight, int8 or fp8 (e4m3), to which the rows of x are brought if they are not
+    quantised already. int8 sums are exact."""
+    rows = quantise_rows(x, weight.dtype) if isinstance(x, Tensor) else x
+    _check(rows.values, weight, weight_scale)
+    if rows.values.dtype != weight.dtype or rows.scale.shape != rows.values.shape[:-1]:
+        raise ValueError(f"x: {rows.values.dtype} with scale {tuple(rows.scale.shape)}, the weight is {weight.dtype}")
+    values, scale, chosen = rows.values.flatten(0, -2), rows.scale.flatten(), backend(rows, weight)
     if chosen == "reference":
-        return reference.linear_quantised(rows, weight, weight_scale, bias).unflatten(0, x.shape[:-1])
-    from kernels.linear import triton_impl
-
-    tma = chosen == "triton_tma"
-    return triton_impl.linear_int8(rows, weight, weight_scale, bias, descriptors=tma).unflatten(0, x.shape[:-1])
+        out = reference.multiply(values, scale, weight, weight_scale, bias, rows.dtype)
+    elif chosen == "scaled_mm":
+        out = _multiply_fp8(values, scale, weight, weight_scale, bias).to(rows.dtype)
+    else:
+        out = _multiply_int8(values, scale, weight, weight_scale, bias, rows.dtype)
+    return out.unflatten(0, rows.values.shape[:-1])
 
 
 @torch.no_grad()
-def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """fp8 (e4m3) weight, and x quantised to fp8 with one scale for each row."""
-    _check(x, weight, weight_scale, torch.float8_e4m3fn)
-    rows = x.flatten(0, -2)
-    if backend(x, weight) == "reference":
-        return reference.linear_quantised(rows, weight, weight_scale, bias).unflatten(0, x.shape[:-1])
-    from kernels.linear import triton_impl
+def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """int8 weight, products in the type of x; the wide weight never exists as a whole."""
+    _check(x, weight, weight_scale)
+    if weight.dtype != torch.int8:
+        raise ValueError(f"weight: {weight.dtype}, wanted int8")
+    call = _weight_only if takes_kernel(x) else reference.linear_weight_only
+    out: Tensor = call(x.flatten(0, -2), weight, weight_scale, bias)
+    return out.unflatten(0, x.shape[:-1])
 
-    values, scale = triton_impl.quantise_rows(rows, fp8=True)
-    # Row-wise scaling gives bf16 only; other types are cast from it.
-    out = torch._scaled_mm(
+
+def quantise_weight_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N,K] -> fp8 e4m3 [N,K] and fp32 scale [N]."""
+    return reference.quantise_rows(weight, torch.float8_e4m3fn)
+
+
+def backend(x: Activations, weight: Tensor) -> Backend:
+    """What runs for these activations and this weight.
+
+    int8: the Triton kernels where Triton runs, with TMA descriptors where the device has them (and rows are 16-byte
+    aligned). fp8: cuBLAS (`torch._scaled_mm`) from compute capability 8.9 on, where K and N are multiples of 16. The
+    reference elsewhere.
+    """
+    values = x if isinstance(x, Tensor) else x.values
+    if weight.dtype == torch.int8:
+        if not takes_kernel(values.new_empty(0, dtype=x.dtype)):
+            return "reference"
+        return "triton_tma" if has_descriptors(values) else "triton"
+    fits = values.is_cuda and not INTERPRETED and all(size % 16 == 0 for size in weight.shape)
+    return "scaled_mm" if fits and capability(values) >= (8, 9) else "reference"
+
+
+def _multiply_fp8(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    # Row-wise scaling gives bf16 only.
+    return torch._scaled_mm(
         values,
         weight.t(),
         scale_a=scale[:, None],
@@ -49,47 +104,54 @@ def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
     )
-    return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-@torch.no_grad()
-def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """int8 weight, products in the type of x; the wide weight never exists as a whole."""
-    _check(x, weight, weight_scale, torch.int8)
-    rows, chosen = x.flatten(0, -2), backend(x, weight)
-    if chosen == "reference":
-        return reference.linear_weight_only(rows, weight, weight_scale, bias).unflatten(0, x.shape[:-1])
+@torch.library.custom_op("longtake::quantise_rows", mutates_args=())
+def _quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from kernels.linear import triton_impl
 
-    tma = chosen == "triton_tma"
-    out = triton_impl.linear_weight_only(rows, weight, weight_scale, bias, descriptors=tma)
-    return out.unflatten(0, x.shape[:-1])
+    values, scale = triton_impl.quantise_rows(x.flatten(0, -2), dtype)
+    return values.view(x.shape), scale.view(x.shape[:-1])
 
 
-def quantise_weight_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N,K] -> fp8 e4m3 [N,K] and fp32 scale [N]."""
-    return reference.quantise_rows(weight, fp8=True)
+@_quantise_rows.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def backend(x: Tensor, weight: Tensor) -> Backend:
-    """What runs for x and this weight.
+@torch.library.custom_op("longtake::multiply_int8", mutates_args=())
+def _multiply_int8(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from kernels.linear import triton_impl
 
-    int8: the Triton kernels on CUDA, with TMA descriptors from compute capability 9.0 on. fp8: cuBLAS
-    (`torch._scaled_mm`) from 8.9 on, where K and N are multiples of 16. The reference elsewhere.
-    """
-    kernel_type = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    if not (x.is_cuda and kernel_type and x.stride(-1) == 1 and importlib.util.find_spec("triton")):
-        return "reference"
-    capability = torch.cuda.get_device_capability(x.device)
-    if weight.dtype == torch.int8:
-        return "triton_tma" if capability >= (9, 0) else "triton"
-    fits = all(size % 16 == 0 for size in weight.shape)
-    return "scaled_mm" if capability >= (8, 9) and fits else "reference"
+    tma = has_descriptors(values)
+    return triton_impl.multiply_int8(values, scale, weight, weight_scale, bias, dtype, descriptors=tma)
 
 
-def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> None:
-    if weight.dtype != dtype or weight.shape[1] != x.shape[-1] or weight_scale.shape != weight.shape[:1]:
+@_multiply_int8.register_fake
+def _(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("longtake::linear_weight_only", mutates_args=())
+def _weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    from kernels.linear import triton_impl
+
+    return triton_impl.linear_weight_only(x, weight, weight_scale, bias, descriptors=has_descriptors(x))
+
+
+@_weight_only.register_fake
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _check(x: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
+    fits = weight.dtype in QUANTISED_TYPES and weight.shape[1] == x.shape[-1] and weight_scale.shape == weight.shape[:1]
+    if not fits:
         raise ValueError(
             f"weight {weight.dtype} {tuple(weight.shape)} with scale {tuple(weight_scale.shape)} does not fit "
-            f"x {tuple(x.shape)}; wanted {dtype} [outputs, inputs] and one scale for each output"
+            f"x {tuple(x.shape)}; wanted int8 or fp8 [outputs, inputs] and one scale for each output"
         )

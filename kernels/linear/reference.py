@@ -17,26 +17,27 @@ LARGEST_FP8 = 448.0
 _EXPANDED_BYTES = 8 * 2**20
 
 
-def quantise_rows(x: Tensor, *, fp8: bool = False) -> tuple[Tensor, Tensor]:
-    """x [M,K] -> int8 (or fp8 e4m3) [M,K] and fp32 scale [M] = max|x| / largest; a row of zeros gets 1."""
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [...,K] -> values [...,K] in `dtype` (int8 or fp8 e4m3), and fp32 scale [...] = max|x| / largest; a row of
+    zeros gets 1."""
+    fp8 = dtype == torch.float8_e4m3fn
     largest = LARGEST_FP8 if fp8 else LARGEST_INT8
     rows = x.float()
-    scale = rows.abs().amax(1) / largest
+    scale = rows.abs().amax(-1) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = (rows / scale[:, None]).clamp(-largest, largest)
-    return (scaled.to(torch.float8_e4m3fn) if fp8 else scaled.round().to(torch.int8)), scale
+    scaled = (rows / scale[..., None]).clamp(-largest, largest)
+    return (scaled if fp8 else scaled.round()).to(dtype), scale
 
 
-def linear_quantised(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M,K] quantised by rows to the type of weight [N,K]; sums are exact for int8, fp32 for fp8."""
-    values, scale = quantise_rows(x, fp8=weight.dtype != torch.int8)
-    if weight.dtype == torch.int8:
-        # 2^24 is passed from K = 1041 on: fp32 would round.
-        product = values.double() @ weight.double().t()
-    else:
-        product = values.float() @ weight.float().t()
+def multiply(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Rows values [M,K] with scale [M] times weight [N,K] of the same type; sums are exact for int8, fp32 for fp8."""
+    # int8: 2^24 is passed from K = 1041 on, fp32 would round.
+    work = torch.float64 if weight.dtype == torch.int8 else torch.float32
+    product = values.to(work) @ weight.to(work).t()
     out = product.float() * scale[:, None] * weight_scale.float()
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
 def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,13 +30,8 @@ ROW_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
-def quantise_kernel(
-    x, values, scales, x_row, K: tl.constexpr, WIDE: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr
-):  # fmt: skip
-    """One row: scale = max|x| / LARGEST, values = round(x / scale) (half to even)."""
-    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
-    real = cols < K
-    value = tl.load(x + row * x_row + cols, mask=real, other=0.0).to(tl.float32)
+def quantise_row(value, LARGEST: tl.constexpr, FP8: tl.constexpr):
+    """A row of fp32 values, zero where it is padding -> its values as int8 or fp8, and its scale max|x| / LARGEST."""
     scale = tl.max(tl.abs(value), 0) / LARGEST
     scale = tl.where(scale > 0, scale, 1.0)
     value = tl.minimum(tl.maximum(value / scale, -LARGEST), LARGEST)
@@ -45,6 +40,18 @@ def quantise_kernel(
     else:
         # Adding 1.5 * 2^23 leaves no bits for a fraction: the hardware rounds half to even.
         small = ((value + 12582912.0) - 12582912.0).to(tl.int8)
+    return small, scale
+
+
+@triton.jit
+def quantise_kernel(
+    x, values, scales, x_row, K: tl.constexpr, WIDE: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr
+):  # fmt: skip
+    """One row: scale = max|x| / LARGEST, values = round(x / scale) (half to even)."""
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
+    real = cols < K
+    value = tl.load(x + row * x_row + cols, mask=real, other=0.0).to(tl.float32)
+    small, scale = quantise_row(value, LARGEST, FP8)
     tl.store(values + row * K + cols, small, mask=real)
     tl.store(scales + row, scale)
 
@@ -119,15 +126,20 @@ def weight_only_kernel(
     tl.store(there, tl.trans(result.to(TYPE)), mask=(rows < m)[:, None] & (cols < n)[None, :])
 
 
-def quantise_rows(x: Tensor, *, fp8: bool = False) -> tuple[Tensor, Tensor]:
+def row_quantisation(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of `quantise_row` for values of `dtype`, int8 or fp8 e4m3."""
+    fp8 = dtype == torch.float8_e4m3fn
+    return {"LARGEST": LARGEST_FP8 if fp8 else LARGEST_INT8, "FP8": fp8}
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `reference.quantise_rows`, in one pass; x [M,K] with K innermost."""
     m, k = x.shape
-    values = torch.empty(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.int8, device=x.device)
+    values = torch.empty(m, k, dtype=dtype, device=x.device)
     scales = torch.empty(m, dtype=torch.float32, device=x.device)
     quantise_kernel[(m,)](
-        x, values, scales, x.stride(0), K=k, WIDE=triton.next_power_of_2(k),
-        LARGEST=LARGEST_FP8 if fp8 else LARGEST_INT8, FP8=fp8, **ROW_OPTIONS,
-    )  # fmt: skip
+        x, values, scales, x.stride(0), K=k, WIDE=triton.next_power_of_2(k), **row_quantisation(dtype), **ROW_OPTIONS
+    )
     return values, scales
 
 
@@ -136,12 +148,15 @@ def fits_descriptors(x: Tensor, weight: Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in (x, weight))
 
 
-def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *, descriptors: bool) -> Tensor:
-    """x [M,K], int8 weight [N,K], scale [N], bias [N] -> [M,N] in the type of x."""
-    values, scales = quantise_rows(x)
+def multiply_int8(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    *, descriptors: bool,
+) -> Tensor:  # fmt: skip
+    """int8 values [M,K] with scale [M], int8 weight [N,K] with scale [N], bias [N] -> [M,N] in `dtype`."""
+    values = values.contiguous()
     config = QUANTISED_TMA if descriptors and fits_descriptors(values, weight) else QUANTISED
-    tensors = (scales, weight_scale.float(), bias)
-    return _launch(quantised_kernel, values, weight, tensors, x.dtype, config, config is QUANTISED_TMA)
+    tensors = (scale, weight_scale.float(), bias)
+    return _launch(quantised_kernel, values, weight, tensors, dtype, config, config is QUANTISED_TMA)
 
 
 def linear_weight_only(

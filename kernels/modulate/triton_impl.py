@@ -11,17 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.linear.triton_impl import quantise_row, row_quantisation
+
 OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
 def modulate_kernel(
-    x, gate, update, shift, scale, index, summed, out,
-    x_batch, x_row, u_batch, u_row, tokens, frames, run, eps,
+    x, gate, update, shift, scale, index, summed, out, row_scale,
+    x_batch, x_row, u_batch, u_row, m_batch, m_row, tokens, run, eps,
     C: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-    INDEXED: tl.constexpr, TYPE: tl.constexpr,
+    AFFINE: tl.constexpr, INDEXED: tl.constexpr, TYPE: tl.constexpr,
+    QUANTISED: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """One token. summed and out are contiguous [B,N,C]; gate, shift and scale contiguous fp32 [B,F,C]."""
+    """One token. summed and out are contiguous [B,N,C]; gate, shift and scale are [B,F,C] of the same strides, but
+    with AFFINE shift and scale are bias and weight [C]."""
     token, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, WIDE)
     real = cols < C
@@ -29,13 +33,13 @@ def modulate_kernel(
         frame = tl.load(index + token).to(tl.int64)
     else:
         frame = token // run
-    modulation = (b * frames + frame) * C + cols
+    modulation = b * m_batch + frame * m_row + cols
     here = (b * tokens + token) * C + cols
     value = tl.load(x + b * x_batch + token * x_row + cols, mask=real, other=0.0).to(tl.float32)
     if ADD:
         more = tl.load(update + b * u_batch + token * u_row + cols, mask=real, other=0.0).to(tl.float32)
         if GATED:
-            more = more * tl.load(gate + modulation, mask=real, other=0.0)
+            more = more * tl.load(gate + modulation, mask=real, other=0.0).to(tl.float32)
         # The stream is rounded before it is normalised: the next block reads it rounded.
         stream = (value + more).to(TYPE)
         tl.store(summed + here, stream, mask=real)
@@ -43,9 +47,19 @@ def modulate_kernel(
     if NORM:
         centred = tl.where(real, value - tl.sum(value, 0) / C, 0.0)
         root = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
-        factor = 1 + tl.load(scale + modulation, mask=real, other=0.0)
-        offset = tl.load(shift + modulation, mask=real, other=0.0)
-        tl.store(out + here, (offset + centred * root * factor).to(TYPE), mask=real)
+        if AFFINE:
+            factor = tl.load(scale + cols, mask=real, other=0.0).to(tl.float32)
+            offset = tl.load(shift + cols, mask=real, other=0.0).to(tl.float32)
+        else:
+            factor = 1 + tl.load(scale + modulation, mask=real, other=0.0).to(tl.float32)
+            offset = tl.load(shift + modulation, mask=real, other=0.0).to(tl.float32)
+        result = offset + centred * root * factor
+        if QUANTISED:
+            small, largest = quantise_row(result, LARGEST, FP8)
+            tl.store(out + here, small, mask=real)
+            tl.store(row_scale + b * tokens + token, largest)
+        else:
+            tl.store(out + here, result.to(TYPE), mask=real)
 
 
 def launch(
@@ -56,21 +70,29 @@ def launch(
     scale: Tensor | None,
     index: Tensor | None,
     eps: float,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(x + gate * update, its modulated LayerNorm); the first without `update`, the second without `shift` is
-    None. x and update [B,N,C] with C innermost."""
+    *,
+    affine: bool = False,
+    quantise: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(x + gate * update, its modulated LayerNorm, the scale of its rows). The first is None without `update`, the
+    second without `shift`, the third without `quantise`. x and update [B,N,C] with C innermost; with `affine` shift
+    and scale are the bias and weight [C] of the norm."""
     b, n, c = x.shape
-    rows = next((values for values in (shift, gate) if values is not None), None)
-    frames = 1 if rows is None else rows.shape[1]
+    rows = [values for values in ((gate,) if affine else (gate, shift, scale)) if values is not None]
+    if len({values.stride() for values in rows}) > 1:
+        gate, shift, scale = (None if values is None else values.contiguous() for values in (gate, shift, scale))
+        rows = [values.contiguous() for values in rows]
+    frames, (m_batch, m_row) = (rows[0].shape[1], rows[0].stride()[:2]) if rows else (1, (0, 0))
     summed = None if update is None else torch.empty(b, n, c, dtype=x.dtype, device=x.device)
-    out = None if shift is None else torch.empty(b, n, c, dtype=x.dtype, device=x.device)
-    gate, shift, scale = (None if v is None else v.float().contiguous() for v in (gate, shift, scale))
+    out = None if shift is None else torch.empty(b, n, c, dtype=quantise or x.dtype, device=x.device)
+    row_scale = None if quantise is None else torch.empty(b, n, dtype=torch.float32, device=x.device)
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     modulate_kernel[(n, b)](
-        x, gate, update, shift, scale, index, summed, out,
+        x, gate, update, shift, scale, index, summed, out, row_scale,
         x.stride(0), x.stride(1), 0 if update is None else update.stride(0), 0 if update is None else update.stride(1),
-        n, frames, n // frames, eps,
+        m_batch, m_row, n, n // frames, eps,
         C=c, WIDE=triton.next_power_of_2(c), ADD=update is not None, GATED=gate is not None,
-        NORM=shift is not None, INDEXED=index is not None, TYPE=types[x.dtype], **OPTIONS,
+        NORM=shift is not None, AFFINE=affine, INDEXED=index is not None and frames > 1, TYPE=types[x.dtype],
+        QUANTISED=quantise is not None, **row_quantisation(quantise or torch.int8), **OPTIONS,
     )  # fmt: skip
-    return summed, out
+    return summed, out, row_scale

@@ -1,4 +1,4 @@
-"""RMSNorm over the head size and rotary in plain torch: the meaning of the operation.
+"""RMSNorm over the head size and rotary in plain torch: the meaning of the operation, and its CPU implementation.
 
 Legend: B batch, H heads, N tokens, D head size, P rows of the rotary table, n blocks.
 """
@@ -20,9 +20,19 @@ def norm_rope(x: Tensor, weight: Tensor, table: Tensor | None, index: Tensor | N
     normed = F.rms_norm(x.to(work), weight.shape, weight.to(work), eps).to(x.dtype)
     if table is None:
         return normed
-    rows = (table if index is None else table[index.long()]).to(work)
-    cos, sin = rows[..., 0], rows[..., 1]
-    even, odd = normed.to(work).unflatten(-1, (-1, 2)).unbind(-1)
+    return rotate(normed, table if index is None else table[index.long()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Pairs (even, odd) of x [B,H,N,D] turned by the angles of table [N,D/2,2], in at least fp32."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    pairs, turns = x.to(work).unflatten(-1, (-1, 2)), table.to(work)
+    if not torch.compiler.is_compiling():
+        # As a product of complex numbers: several times faster on a CPU than with the pairs taken apart.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+        return turned.flatten(-2).to(x.dtype)
+    # The compiler has no code for complex numbers, and fuses this into one loop.
+    (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 

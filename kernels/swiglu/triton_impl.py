@@ -1,4 +1,4 @@
-"""silu(a) * b, computed in fp32 and rounded once. Rows may be slices of a wider product."""
+"""silu(a) * b, computed in fp32 and rounded once, or quantised by rows. Rows may be slices of a wider product."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.linear.triton_impl import quantise_row, row_quantisation
+
 _COLUMNS = 2048
 OPTIONS = {"num_warps": 4, "num_stages": 1}
+QUANTISED_OPTIONS = {"num_warps": 8, "num_stages": 1}
+
+
+@triton.jit
+def _gated(a, b, cols, real):
+    gate = tl.load(a + cols, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(b + cols, mask=real, other=0.0).to(tl.float32)
+    return gate / (1 + tl.exp(-gate)) * value
 
 
 @triton.jit
@@ -16,9 +26,20 @@ def swiglu_kernel(a, b, out, a_row, b_row, columns, COLUMNS: tl.constexpr, TYPE:
     """One program: COLUMNS values of one row; out is contiguous."""
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = cols < columns
-    gate = tl.load(a + row * a_row + cols, mask=real, other=0.0).to(tl.float32)
-    value = tl.load(b + row * b_row + cols, mask=real, other=0.0).to(tl.float32)
-    tl.store(out + row * columns + cols, (gate / (1 + tl.exp(-gate)) * value).to(TYPE), mask=real)
+    tl.store(out + row * columns + cols, _gated(a + row * a_row, b + row * b_row, cols, real).to(TYPE), mask=real)
+
+
+@triton.jit
+def swiglu_quantised_kernel(
+    a, b, values, scales, a_row, b_row,
+    C: tl.constexpr, WIDE: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """One program: one row, whose largest value must be known before the first is written."""
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
+    real = cols < C
+    small, scale = quantise_row(_gated(a + row * a_row, b + row * b_row, cols, real), LARGEST, FP8)
+    tl.store(values + row * C + cols, small, mask=real)
+    tl.store(scales + row, scale)
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -32,3 +53,16 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
         COLUMNS=_COLUMNS, TYPE=types[a.dtype], **OPTIONS,
     )  # fmt: skip
     return out
+
+
+def swiglu_quantised(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """a and b [..., C] as above -> values [..., C] in `dtype` (int8 or fp8 e4m3), fp32 scale [...]."""
+    flat_a, flat_b = a.flatten(0, -2), b.flatten(0, -2)
+    rows, columns = flat_a.shape
+    values = torch.empty(a.shape, dtype=dtype, device=a.device)
+    scales = torch.empty(a.shape[:-1], dtype=torch.float32, device=a.device)
+    swiglu_quantised_kernel[(rows,)](
+        flat_a, flat_b, values, scales, flat_a.stride(0), flat_b.stride(0),
+        C=columns, WIDE=triton.next_power_of_2(columns), **row_quantisation(dtype), **QUANTISED_OPTIONS,
+    )  # fmt: skip
+    return values, scales

@@ -1,0 +1,56 @@
+"""Where the Triton kernels run: on CUDA, and on any device in Triton's interpreter (TRITON_INTERPRET=1).
+
+Everything here can be traced by torch.compile, so that the choice between a kernel and its reference breaks no
+graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+_FOUND = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The interpreter computes bf16 wrongly, and says nothing.
+_TYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
+
+
+def backend_of(device: str) -> str:
+    """What kernels are on a type of device, for records of numerics: "triton", "triton interpreted" or "torch"."""
+    if not _FOUND or not (device == "cuda" or INTERPRETED):
+        return "torch"
+    return "triton interpreted" if INTERPRETED else "triton"
+
+
+def takes_kernel(*tensors: Tensor | None, makes: torch.dtype | None = None) -> bool:
+    """Whether a Triton kernel can read these tensors, the first of which is the activation (device, type, and rows
+    whose values lie side by side), and write the type that it `makes`, if that is another one."""
+    if INTERPRETED and makes == torch.float8_e4m3fn:
+        return False  # the interpreter forgets the carry where rounding reaches the next power of two
+    present = [tensor for tensor in tensors if tensor is not None]
+    x = present[0]
+    if not (_FOUND and (x.is_cuda or INTERPRETED) and x.dtype in _TYPES):
+        return False
+    return all(tensor.stride(-1) == 1 for tensor in present)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether the result of these tensors is to be differentiated."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors if tensor is not None)
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability of the device of x; what the newest card has, in the interpreter."""
+    if INTERPRETED:
+        return (9, 0)
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.major, properties.minor
+
+
+def has_descriptors(x: Tensor) -> bool:
+    """Whether the device of x moves tiles by TMA."""
+    return capability(x) >= (9, 0)
