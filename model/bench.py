@@ -1,23 +1,73 @@
-"""Measures the model room: `python -m model.bench`.
+"""Measures the model room: `python -m model.bench [--size small|full]`.
 
-Autoencoder: decodes the same latents with the same random weights through this project's code, whole clip
-and streaming, and through diffusers' `AutoencoderKLWan` (a test dependency), in turns within one run, and
-prints the best of each and the ratio.
+small, on the CPU, at the bundled checkpoint's size. Autoencoder: decodes the same latents with the same random
+weights through this project's code, whole clip and streaming, and through diffusers' `AutoencoderKLWan` (a test
+dependency), in turns within one run, and prints the best of each and the ratio. Refinement: one step of a padded
+window with dense and with block-sparse attention, in turns.
+
+full, on a CUDA GPU: forward passes of the 13.6 B network with random weights, in bf16 and quantised, with the peak
+of the card's memory. Two layers of it are first compared with fp64 beside the same network in eager torch on the
+CPU; where the error is above twice that one's no speed is printed, and the command fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
+import datetime
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from model.config import VAEConfig
+from kernels.bench import Accuracy, Row, compare, refusal, seconds
+from model.config import BlockSparseConfig, DiTConfig, VAEConfig
+from model.dit import Attention, CondCache, DiT
+from model.quantize import Products, choose_products_
 from model.vae import VAE
 
 FRAMES, HEIGHT_PX, WIDTH_PX = 93, 128, 192
+
+OFFICIAL = DiTConfig(hidden_size=4096, depth=48, num_heads=32, caption_channels=4096)
+BUNDLED = DiTConfig(
+    hidden_size=256, depth=6, num_heads=4, caption_channels=128, adaln_tembed_dim=128, frequency_embedding_size=128,
+    text_tokens_zero_pad=False, bsa_params=BlockSparseConfig(sparsity=0.75),
+)  # fmt: skip
+_TEXT_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One measured forward pass. Latents (frames, rows, columns) of the noise and frames of conditions, which are in
+    a cache or else in the sequence; `wanted_s`: the target, where there is one."""
+
+    name: str
+    attention: Attention
+    products: Products | None
+    noise: tuple[int, int, int]
+    cond_frames: int = 0
+    cached: bool = True
+    wanted_s: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return (self.noise[0] + self.cond_frames) * self.noise[1] * self.noise[2] // 4
+
+
+_WINDOW = (40, 88, 160)
+FORWARDS = (
+    Forward("480p", "dense", None, (24, 60, 104), wanted_s=3.0),
+    Forward("480p", "dense", "int8", (24, 60, 104), wanted_s=2.5),
+    Forward("480p", "dense", "fp8", (24, 60, 104), wanted_s=2.5),
+    Forward("480p", "dense", "weight_only", (24, 60, 104)),
+    Forward("720p window", "block_sparse", None, _WINDOW, 8, wanted_s=8.4),
+    Forward("720p window", "block_sparse", "int8", _WINDOW, 8, wanted_s=6.0),
+    Forward("720p window", "block_sparse", "fp8", _WINDOW, 8, wanted_s=6.0),
+    Forward("720p window, conditions in the sequence", "block_sparse", "weight_only", _WINDOW, 8, cached=False),
+)
 
 
 def small_config() -> VAEConfig:
@@ -70,17 +120,131 @@ def bench_vae_decode(repeats: int = 3) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m model.bench", description="Measure the model's parts.")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the fastest counts")
-    result = bench_vae_decode(parser.parse_args().repeats)
+@torch.no_grad()
+def bench_refinement(repeats: int = 3) -> dict[str, float]:
+    """Seconds of a refinement step of the bundled checkpoint's size (48 x 8 x 12 tokens), dense and block-sparse."""
+    torch.manual_seed(0)
+    dit = DiT(BUNDLED).eval()
+    latents, text = torch.randn(1, 16, 48, HEIGHT_PX // 8, WIDTH_PX // 8), torch.randn(1, 1, 16, 128)
+    times: dict[str, float] = {}
+    for _ in range(repeats):
+        for attention in ("dense", "block_sparse"):
+            dit.attention = attention
+            name = f"{attention}_s"
+            call = lambda: dit(latents, torch.tensor([500.0]), text, torch.ones(1, 16))  # noqa: E731
+            times[name] = min(times.get(name, float("inf")), best_seconds(call, 1))
+    return times
+
+
+def random_dit(config: DiTConfig, attention: Attention, device: str, dtype: torch.dtype) -> DiT:
+    """The network with torch's own start values, drawn on the device in the type wanted: there is no larger copy."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        with torch.device(device):
+            dit = DiT(config, attention).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    dit.bound_logits()
+    return dit
+
+
+def forward_call(dit: DiT, size: Forward) -> Callable[[], Tensor]:
+    """The forward pass of random inputs, its condition cache (of random keys: only their size matters) made ready."""
+    generator = torch.Generator().manual_seed(1)
+    frames, rows, columns = size.noise
+    kept = 0 if size.cached else size.cond_frames
+    latents = torch.randn(1, 16, kept + frames, rows, columns, generator=generator).to(dit.device)
+    text = torch.randn(1, 1, _TEXT_TOKENS, dit.config.caption_channels, generator=generator).to(dit.device)
+    timestep = torch.tensor([[0.0] * kept + [500.0] * frames]) if kept else torch.tensor([500.0])
+    inputs = latents, timestep.to(dit.device), text, torch.ones(1, _TEXT_TOKENS, device=dit.device)
+    cache: CondCache | None = None
+    if size.cond_frames and size.cached:
+        conditions = torch.randn(1, 16, size.cond_frames, rows, columns, generator=generator)
+        cache = dit.build_cond_cache(conditions.to(dit.device))
+    return lambda: dit(*inputs, num_cond_latents=kept, cond_cache=cache)
+
+
+@torch.no_grad()
+def forward_accuracy(size: Forward, device: str, config: DiTConfig) -> Accuracy:
+    """Two layers at a small size: on the device, beside eager bf16 on the CPU, both against fp64 without quantisation.
+
+    Rounding to int8 or fp8 is in both; what is held against the kernels is what they add to it.
+    """
+    small = dataclasses.replace(size, noise=(8, 16, 16), cond_frames=4 if size.cond_frames else 0)
+    host = random_dit(dataclasses.replace(config, depth=2), size.attention, "cpu", torch.bfloat16)
+    exact = forward_call(copy.deepcopy(host).double(), small)()
+    if size.products is not None:
+        choose_products_(host, size.products)
+    eager = forward_call(host, small)()
+    out = forward_call(host.to(device), small)()
+    return compare(out.cpu(), eager, exact.double())
+
+
+@torch.no_grad()
+def forward_rows(device: str = "cuda", config: DiTConfig = OFFICIAL) -> Iterator[Row]:
+    """A row for each of FORWARDS."""
+    for size in FORWARDS:
+        what = f"DiT forward, {size.name}, {size.tokens} tokens, {size.attention}, {size.products or 'bf16'}"
+        accuracy = forward_accuracy(size, device, config)
+        if not accuracy.admitted:
+            yield refusal(what, accuracy)
+            continue
+        dit = random_dit(config, size.attention, device, torch.bfloat16)
+        if size.products is not None:
+            choose_products_(dit, size.products)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        time_s = seconds(forward_call(dit, size), repeats=3)
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        result = f"{time_s:.2f} s, peak {peak:.1f} GB; {accuracy.text()}"
+        met = None if size.wanted_s is None else time_s <= size.wanted_s
+        yield Row(what, result, "" if size.wanted_s is None else f"{size.wanted_s} s", met)
+        del dit
+
+
+def print_small(repeats: int) -> None:
+    result = bench_vae_decode(repeats)
     print(f"VAE decode, {FRAMES} frames {HEIGHT_PX}x{WIDTH_PX}, base_dim 8, {torch.get_num_threads()} threads")
     for name in ("whole", "stream", "diffusers"):
         seconds = result[f"{name}_s"]
         print(f"  {name:10} {seconds:7.2f} s  {FRAMES / seconds:7.1f} frames/s")
     print(f"  {result['diffusers_s'] / result['whole_s']:.1f} times as fast as diffusers (wanted: 3)")
     print(f"  largest difference {result['max_difference']:.1e}")
+    times = bench_refinement(repeats)
+    print("refinement step, 48x8x12 tokens, 6 layers of width 256, sparsity 0.75")
+    for name, time_s in times.items():
+        print(f"  {name.removesuffix('_s'):12} {time_s:6.2f} s")
+    print(f"  block-sparse is {times['dense_s'] / times['block_sparse_s']:.2f} times as fast as dense")
+
+
+def print_full() -> int:
+    import triton
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, ", end="")
+    print(f"CUDA {torch.version.cuda}, {datetime.date.today()}, `python -m model.bench --size full`")
+    print("| what | result | target | |\n|---|---|---|---|")
+    refused = False
+    for row in forward_rows():
+        print(row.text(), flush=True)
+        refused |= row.result.startswith("refused")
+    return 1 if refused else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m model.bench", description="Measure the model's parts.")
+    parser.add_argument("--repeats", type=int, default=3, help="small: runs of each, of which the fastest counts")
+    parser.add_argument("--size", choices=("small", "full"), default="small", help="full needs a CUDA GPU")
+    options = parser.parse_args()
+    if options.size == "small":
+        print_small(options.repeats)
+        return 0
+    if not torch.cuda.is_available():
+        print("--size full needs a CUDA GPU and found none: nothing was measured", file=sys.stderr)
+        return 2
+    return print_full()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
