@@ -21,6 +21,7 @@ import ray
 from ray import exceptions as ray_errors
 
 from cluster.crash import record_crash
+from cluster.drain import draining_nodes
 from cluster.job import Failed, Greeting, News, Outcome, RenderJob
 from cluster.publish import Publisher
 from cluster.recipe import make_plan
@@ -35,6 +36,7 @@ from pipeline.plan import Plan
 from pipeline.report import RenderState
 from pipeline.requests import Request, mark_taken, new_requests
 from pipeline.store import open_store
+from pipeline.store_meter import Meter, MeteredStore
 from pipeline.story import log_path
 from pipeline.tasks import CommitRecord, Order, Produced, Role
 
@@ -45,6 +47,7 @@ POLL_S = 0.5
 POLL_LIMIT_S = 20.0
 HEARTBEAT_S = 10.0
 REQUESTS_S = 2.0
+DRAIN_S = 2.0
 START_LIMIT_S = 300.0
 DISMISS_LIMIT_S = 2.0
 FAILED_STARTS = 5
@@ -88,7 +91,7 @@ class Orchestrator:
     def __init__(self, job: RenderJob) -> None:
         self._job = job
         self._story = Story()
-        self._store = open_store(job.store_url)
+        self._store = MeteredStore(open_store(job.store_url), Meter())
         self._ledger = Ledger(self._store, on_wait=lambda why: self._story.tell("waiting", message=why))
         self._io = ThreadPoolExecutor(1, "ledger")
         self._queue: asyncio.Queue[ev.Event] = asyncio.Queue()
@@ -140,6 +143,7 @@ class Orchestrator:
         self._spawn(self._tick())
         self._spawn(self._heartbeat())
         self._spawn(self._watch_requests())
+        self._spawn(self._watch_nodes())
         await self._handle(ev.Tick(time.monotonic()))
         if self._finish is None:
             self._hire(plan)
@@ -371,6 +375,18 @@ class Orchestrator:
                 for request in await self._io_call(lambda: new_requests(self._store, self._ledger.epoch, known)):
                     known.add(request.id)
                     self._put(ev.Asked(time.monotonic(), request))
+
+    async def _watch_nodes(self) -> None:
+        """Pass preemption notices on, each once; a head that does not answer now is asked again."""
+        told: set[str] = set()
+        while True:
+            with contextlib.suppress(*RAY_LOSSES):
+                for node_id, left_s in (await asyncio.to_thread(draining_nodes)).items():
+                    if node_id not in told:
+                        told.add(node_id)
+                        self._story.tell("node_draining", node=node_id, seconds_left=left_s)
+                        self._put(ev.NodeDraining(time.monotonic(), node_id, left_s))
+            await asyncio.sleep(DRAIN_S)
 
     async def _answer(self, request: Request) -> None:
         """Tell whoever asked; if that fails they find it in the journal."""

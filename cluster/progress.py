@@ -104,6 +104,11 @@ def event_text(event: dict[str, Any]) -> str | None:
             return f"worker {event['worker']} on {event['host']} lost: {event['reason']}"
         case "worker_recycled":
             return f"worker {event['worker']} restarted: {event['reason']}"
+        case "node_draining":
+            left = "" if event["seconds_left"] is None else f" in {format_seconds(event['seconds_left'])}"
+            return f"node {event['node'][:8]} will be taken away{left}: nothing new is sent there"
+        case "asked":
+            return f"{event['request']} asked for"
         case "commit_refused":
             return f"{event['task']}: not committed: {event['message']}"
         case "note" if event["warning"]:

@@ -126,6 +126,8 @@ def prepare(request: RenderRequest) -> Prepared:
         if request.refine_only:
             raise SettingError("goes with --redo", field="--refine-only")
         return Prepared(recipe, store, plan, state)
+    if request.fresh:
+        raise SettingError("starts over, so there is nothing to make again", field="--fresh")
     redo = choose_redo(plan, request.redo, refine_only=request.refine_only)
     again = make_plan(recipe, with_redo(state.overrides, redo.scopes))
     return Prepared(recipe, store, again, state, redo, plan)

@@ -23,6 +23,7 @@ from pipeline.ledger import Ledger, LedgerState
 from pipeline.plan import Plan
 from pipeline.redo import describe_redo
 from pipeline.store import Store
+from pipeline.store_meter import tasks_use
 from pipeline.tasks import RECIPE_VERSION, Task
 from pipeline.times import format_bytes
 
@@ -94,6 +95,12 @@ def print_status(place: str, store: str | None, *, as_json: bool) -> int:
         print(f"  {PHASES[phase['kind']]:<11} {phase['done']}/{phase['total']}{running}{spent}")
     for failure in status["failures"]:
         print(f"  {failure['task']}: {failure['kind']}: {failure['message']}")
+    for name, value in (("takes picked", status["picked"]), ("locked", status["locked"])):
+        if value:
+            print(f"  {name}: {', '.join(value if isinstance(value, list) else map(' '.join, value.items()))}")
+    for who, use in status["store_use"].items():
+        if use:
+            print(f"  waited for the store: {who} {use['seconds']:.1f} s, {100 * use['share']:.1f} %")
     if status["film"]:
         print(f"  film: {status['film']}")
     return 0
@@ -115,6 +122,12 @@ def describe_status(store: Store, recipe: Recipe, state: LedgerState) -> dict[st
         "phases": _phases(plan, state, live=holder["live"]),
         "failures": _failures(plan, state, done),
         "redo": state.redo,
+        "picked": {shot_id: str(take) for shot_id, take in state.picked.items()},
+        "locked": sorted(state.locks),
+        "store_use": {
+            "orchestrator": _last_report(store).get("store", {}).get("orchestrator"),
+            "tasks": tasks_use(state.commits[task_id] for task_id in done),
+        },
         "mixed": list(state.mixed),
         "film": f"{store.url}/{film.files[0].path}" if film else None,
         "output": plan.output_path,
@@ -130,6 +143,15 @@ def _state(state: LedgerState, holder: Mapping[str, Any], *, finished: bool) -> 
     if kind := state.stopped[1]:
         return {"pause": "paused", "cancel": "cancelled"}[kind] + ", `longtake render` goes on"
     return "stopped, the same command continues"
+
+
+def _last_report(store: Store) -> dict[str, Any]:
+    """What the last run has written for people; nothing is decided by it."""
+    try:
+        report: dict[str, Any] = json.loads(store.read("report.json"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return report
 
 
 def _holder(store: Store) -> dict[str, Any]:

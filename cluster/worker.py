@@ -19,6 +19,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,7 @@ from pipeline.events import fault_of
 from pipeline.media_child import find_ffmpeg
 from pipeline.params import WeightsParams
 from pipeline.store import open_store
+from pipeline.store_meter import STORE_MEASURE, Meter, MeteredStore
 from pipeline.story import log_path
 from pipeline.tasks import ArtifactFile, Order, Produced, Role
 
@@ -49,7 +51,7 @@ class Worker:
         _ignore_termination()
         self._settings = settings
         self._log = WorkerLog()
-        self._store = open_store(settings.store_url)
+        self._store = MeteredStore(open_store(settings.store_url), Meter())
         self._scratch_path = Path(tempfile.mkdtemp(prefix="lt-work-", dir=settings.scratch_root))
         self._stop = threading.Event()
         self._standing = Standing()
@@ -69,8 +71,10 @@ class Worker:
         """Compute one order."""
         self._stop.clear()
         self._standing = Standing(order.task.id, order.attempt)
+        path = log_path(order.task.id, order.attempt, order.epoch)
         try:
-            with self._log.attempt(self._store, log_path(order.task.id, order.attempt, order.epoch)):
+            # A store of its own: what the log costs is not the order's.
+            with self._log.attempt(open_store(self._settings.store_url), path):
                 return self._guarded(lambda: self._run(order))
         finally:
             self._standing = Standing()
@@ -81,7 +85,10 @@ class Worker:
         log.info("host %s, process %d, device %s", socket.gethostname(), os.getpid(), self._settings.device)
         if order.partial is not None:
             log.info("goes on from %s", order.partial.path)
+        waited_s = self._store.meter.seconds
         produced: Produced = self._actor.run(order)
+        waited_s = self._store.meter.seconds - waited_s
+        produced = replace(produced, measures={**produced.measures, STORE_MEASURE: waited_s})
         log.info("produced %d bytes in %.2f s", sum(file.size_bytes for file in produced.files), produced.seconds)
         return produced
 

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.media import Ffmpeg, Frames, probe, read_video_at
+from pipeline.store_meter import Meter, tasks_use
 from pipeline.tasks import CommitRecord, Task
 from pipeline.times import timecode
 
@@ -144,11 +145,12 @@ def report_json(
     film: FilmFile | None = None,
     message: str = "",
     warnings: Sequence[str] = (),
+    store: Meter | None = None,
 ) -> bytes:
     """report.json as it is put into the store.
 
     `commits`: the records so far by task id. `wall_s`: seconds this run has taken. `message`: why it failed
-    or stopped.
+    or stopped. `store`: what this run's orchestrator has waited for the store.
     """
     tasks = list(tasks)
     done = [(task, commits[task.id]) for task in tasks if task.id in commits]
@@ -160,12 +162,20 @@ def report_json(
         "film": None if film is None else _film_entry(film),
         "counts": _counts(tasks, commits),
         "seconds": {"wall": round(wall_s, 3), "by_kind": _seconds_by_kind(done)},
+        "store": {"orchestrator": _orchestrator_use(store, wall_s), "tasks": tasks_use(commits[t.id] for t, _ in done)},
         "measures": _measures(done),
         "tasks": [_task_entry(task, record) for task, record in done],
         "versions": dict(sorted(versions.items())),
         "warnings": list(warnings),
     }
     return (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _orchestrator_use(store: Meter | None, wall_s: float) -> dict[str, float] | None:
+    if store is None:
+        return None
+    share = store.seconds / wall_s if wall_s > 0 else 0.0
+    return {"seconds": round(store.seconds, 3), "calls": store.calls, "share": round(share, 5)}
 
 
 def _film_entry(film: FilmFile) -> dict[str, Any]:

@@ -39,7 +39,13 @@ def write(content: object, path: Path = Path("film.yaml")) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("command", ["--help", "plan film.yaml", "status film.yaml", "verify film.yaml", "schema"])
+LIGHT = [
+    "--help", "plan film.yaml", "schema",
+    *(f"{name} film.yaml" for name in ("status", "verify", "logs", "pause", "cancel", "retry", "gc", "lock")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", LIGHT)
 def test_light_commands_load_neither_torch_nor_ray(here: Path, tiny_checkpoint: Path, command: str) -> None:
     write(storyboard(tiny_checkpoint))
     script = (
@@ -79,7 +85,7 @@ def test_schema_describes_a_storyboard(capsys: pytest.CaptureFixture[str]) -> No
     assert "shots" in json.loads(capsys.readouterr().out)["properties"]
 
 
-@pytest.mark.parametrize("command", ["status", "verify"])
+@pytest.mark.parametrize("command", ["status", "verify", "logs", "pause", "cancel", "retry", "gc"])
 def test_a_place_without_a_render_is_named(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, str(here / "nothing")]) == 2
     assert str(here / "nothing") in capsys.readouterr().err
@@ -92,6 +98,37 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["render", "film.yaml", "--workers", "0"])
     assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["render", "film.yaml", "--deadline", "soon"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--redo", "3:40"], "--redo"),
+        (["--redo", "9:00-9:10"], "--redo"),
+        (["--refine-only"], "--refine-only"),
+        (["--takes", "2"], "--takes"),
+        (["--redo", "0:00-0:01", "--fresh"], "--fresh"),
+    ],
+)
+def test_flags_that_mean_nothing_are_named_before_anything_runs(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], flags: list[str], field: str
+) -> None:
+    assert main(["render", write(storyboard(tiny_checkpoint)), *flags]) == 2
+    assert field in capsys.readouterr().err
+    assert not Path("renders").exists()
+
+
+def test_plan_says_what_space_is_needed_and_free(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", write(storyboard(tiny_checkpoint))]) == 0
+    assert "are needed" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["plan", "film.yaml", "--json"]) == 0
+    space = json.loads(capsys.readouterr().out)["space"]
+    assert 0 < space["needed_bytes"] < space["free_bytes"]
 
 
 def test_an_unforeseen_error_is_one_line_and_a_log(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster.orchestrator import Member, Story, first_line, lost_worker
+from cluster.job import RenderJob
+from cluster.orchestrator import Member, Orchestrator, Story, first_line, lost_worker
 from cluster.placement import place_workers
 from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
@@ -21,10 +25,11 @@ from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import useful_workers
 from cluster.session import check_address, is_loopback, sweep_abandoned
 from pipeline.errors import SettingError
-from pipeline.events import PhaseProgress, ProgressSummary
+from pipeline.events import NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
 from pipeline.spec import parse_spec
 from pipeline.store import LocalStore
+from pipeline.store_meter import STORE_MEASURE, Meter, MeteredStore, tasks_use
 from pipeline.tasks import ArtifactFile, CommitRecord
 
 
@@ -202,6 +207,44 @@ def test_the_film_so_far_ends_at_the_first_gap() -> None:
     assert units_so_far(film, have) == [(record, film.params["unit_frames"][0])]
 
 
+# The store's meter
+
+
+def test_a_metered_store_is_the_store_and_counts_what_its_callers_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Meter()
+    store = MeteredStore(LocalStore(tmp_path), meter)
+    file = store.write_attempt("attempts/a/x.bin", b"data")
+    assert store.create_if_absent("commits/a.json", b"1") and not store.create_if_absent("commits/a.json", b"2")
+    store.put_replace("report.json", b"{}")
+    store.copy("report.json", "again.json")
+    assert list(store.read_many(["commits/a.json", "none"])) == [("commits/a.json", b"1"), ("none", None)]
+    assert list(store.digest_many(["attempts/a/x.bin", "none"])) == [(file.sha256, 4), None]
+    assert store.open_local(file, tmp_path).read_bytes() == b"data"
+    assert [found.path for found in store.list("commits")] == ["commits/a.json"]
+    store.delete("again.json")
+    assert store.head("again.json") is None
+    assert meter.calls == 13
+    assert isinstance(pickle.loads(pickle.dumps(store)), LocalStore)
+
+    def slow(self: LocalStore, path: str) -> bytes:
+        time.sleep(0.05)
+        raise FileNotFoundError(path)
+
+    before_s = meter.seconds
+    monkeypatch.setattr(LocalStore, "read", slow)
+    with pytest.raises(FileNotFoundError):
+        store.read("x")
+    assert 0.05 <= meter.seconds - before_s < 5, "a call that fails counts, too"
+
+
+def test_the_share_of_store_time_is_that_of_the_tasks_that_measured_it() -> None:
+    measured = CommitRecord("a", 1, 1, (), {}, {STORE_MEASURE: 0.5}, seconds=10.0)
+    assert tasks_use([measured, CommitRecord("b", 1, 1, (), {}, seconds=90.0)]) == {"seconds": 0.5, "share": 0.05}
+    assert tasks_use([]) == {"seconds": 0.0, "share": 0.0}
+
+
 # Ray's errors
 
 
@@ -214,6 +257,36 @@ def test_ray_errors_become_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None
     assert lost_worker(0.0, Member("w1", None, "n2"), exceptions.ActorDiedError()).node_lost
     assert lost_worker(0.0, member, exceptions.NodeDiedError("gone")).node_lost
     assert "memory" in lost_worker(0.0, member, exceptions.OutOfMemoryError("oom")).reason
+
+
+def test_a_preemption_notice_is_passed_on_once_and_a_silent_head_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import exceptions
+
+    answers = [exceptions.RpcError("silent"), {}, {"n1": 30.0}, {"n1": 28.0, "n2": None}]
+
+    def draining() -> dict[str, float | None]:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("cluster.orchestrator.draining_nodes", draining)
+    monkeypatch.setattr("cluster.orchestrator.DRAIN_S", 0.0)
+    place = place_workers({"CPU": 1.0}, device="cpu", workers=1, threads=None, useful=1)
+
+    async def watch() -> list[tuple[str, float | None]]:
+        orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), place, settings=None))  # type: ignore[arg-type]
+        watching = asyncio.create_task(orchestrator._watch_nodes())
+        heard = [await asyncio.wait_for(orchestrator._queue.get(), 30) for _ in range(2)]
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        assert orchestrator._queue.empty()
+        watching.cancel()
+        return [(event.node_id, event.deadline_s) for event in heard if isinstance(event, NodeDraining)]
+
+    assert asyncio.run(watch()) == [("n1", 30.0), ("n2", None)]
 
 
 def test_an_error_is_told_in_one_line() -> None:

@@ -1,0 +1,23 @@
+"""Which nodes Ray is about to take away: the preemption notice.
+
+Ray 2.60 has no public function for it; this is the one place that asks the state that Ray's own libraries ask.
+"""
+
+from __future__ import annotations
+
+import time
+
+from ray._private.state import state
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """Hex ids of the nodes being drained, with the seconds they have left; None if no deadline is known.
+
+    Takes a round trip to the cluster's head. Raises what Ray raises when that does not answer.
+    """
+    now_ms = time.time() * 1000
+    found: dict[str, int] = state.get_draining_nodes()
+    return {
+        node_id: max(0.0, (deadline_ms - now_ms) / 1000) if deadline_ms else None
+        for node_id, deadline_ms in found.items()
+    }
