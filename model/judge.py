@@ -63,8 +63,13 @@ of its radius). An autoencoder rounds corners and fills notches: what is left of
 0.086, and that blurred. What has less of all three is a circle.
 """
 
-MOST_STRETCH = 0.25
-"""Amplitude at 2 above which a shape is too long to be any of them."""
+MOST_REST = 0.2
+"""Amplitude of everything in an outline that does not belong to its kind, above which it is of no kind. Blurred shapes
+have 0.03 to 0.13, blots 0.15 to 0.35.
+"""
+
+LEAST_STEADINESS = 0.75
+"""How much of an outline's amplitude is the same throughout a second: above 0.8 for shapes, below 0.7 for blots."""
 
 _STEP_S = 0.4
 _WAVES = 8
@@ -182,7 +187,8 @@ def _look_at_frame(lab: Floats, distance: Floats) -> _Seen | None:
     core = _core(blob)
     colour = np.median(np.roll(lab, shift, (0, 1))[core], axis=0)
     strength = np.roll(distance, shift, (0, 1)) * blob
-    return _Seen(_colour_name(colour), _waves(strength / np.median(strength[core])), centre)
+    inside = max(float(np.median(strength[core])), LEAST_DISTANCE)
+    return _Seen(_colour_name(colour), _waves(strength / inside), centre)
 
 
 def _centre(mask: NDArray[np.uint8]) -> tuple[float, float]:
@@ -250,20 +256,27 @@ def _outlines(waves: Waves, fps: float) -> list[str | None]:
     to the outline stays and what the pixel grid, flakes and blur add goes.
     """
     near = np.ones(min(len(waves), max(1, round(fps))))
-    there = ~np.isnan(waves[:, :1])
-    count = np.convolve(there[:, 0], near, "same")
-    sums = np.stack([np.convolve(wave, near, "same") for wave in np.where(there, waves, 0).T], 1)
-    means = np.abs(sums) / np.maximum(count, 1)[:, None]
-    return [_kind(mean) if found else None for mean, found in zip(means, there[:, 0], strict=True)]
+    there = ~np.isnan(waves[:, 0])
+    known = np.where(there[:, None], waves, 0)
+    count = np.maximum(np.convolve(there, near, "same"), 1)[:, None]
+    steady = np.abs(np.stack([np.convolve(wave, near, "same") for wave in known.T], 1)) / count
+    power = np.stack([np.convolve(wave, near, "same") for wave in (np.abs(known) ** 2).T], 1) / count
+    return [_kind(*pair) if found else None for *pair, found in zip(steady, power, there, strict=True)]
 
 
-def _kind(waves: Floats) -> str | None:
-    """The outline that amplitudes [k] belong to."""
-    if waves[2] > MOST_STRETCH:
+def _kind(steady: Floats, power: Floats) -> str | None:
+    """The outline that belongs to amplitudes [k], averaged with their phases, and their mean squares [k]; None for a
+    blot, whose outline wavers or is of no kind.
+    """
+    strengths = {wave: float(steady[wave]) / least for wave, (_, least) in OUTLINES.items()}
+    wave = max(strengths, key=lambda k: strengths[k])
+    is_circle = strengths[wave] < 1.0
+    others = [k for k in range(2, _WAVES) if is_circle or k % wave]
+    if power[others].sum() > MOST_REST**2:
         return None
-    strengths = {name: float(waves[wave]) / least for wave, (name, least) in OUTLINES.items()}
-    name = max(strengths, key=lambda n: strengths[n])
-    return name if strengths[name] >= 1.0 else "circle"
+    if is_circle:
+        return "circle"
+    return OUTLINES[wave][0] if steady[wave] ** 2 >= LEAST_STEADINESS**2 * power[wave] else None
 
 
 def _most(names: Sequence[str | None]) -> tuple[str | None, float]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,21 @@ def test_a_film_whose_shape_changes_is_told_by_what_lasts() -> None:
     seen = look(np.concatenate([square[:60], circle[60:]]))
     assert (seen.verdict().shape, seen.verdict().colour) == ("square", "blue")
     assert (seen.verdict(70).shape, seen.verdict(70).colour) == ("circle", "red")
+
+
+@pytest.mark.parametrize("changes_every", [1, 6])
+def test_a_blot_that_keeps_changing_its_outline_has_none(changes_every: int) -> None:
+    backdrop = frames_of(world.Film(world.Scene("day", ()), detail=5)).numpy()
+    frames, rng = np.ascontiguousarray(backdrop), np.random.default_rng(2)
+    angles = np.arange(48) * 2 * np.pi / 48
+    for index, frame in enumerate(frames):
+        if index % changes_every == 0:
+            turns = rng.uniform(0, 2 * np.pi, 3)
+            radii = 11 * (1 + 0.15 * sum(np.cos(k * angles + turn) for k, turn in zip((2, 3, 4), turns, strict=True)))
+        outline = np.stack([20 + index / 2 + radii * np.cos(angles), 30 + radii * np.sin(angles)], 1)
+        cv2.fillPoly(frame, [outline.round().astype(np.int32)], (220, 25, 30))
+    verdict = look(frames).verdict()
+    assert told(verdict) == ("red", None, "right")
 
 
 def test_a_shape_seen_in_too_few_frames_is_not_named() -> None:
