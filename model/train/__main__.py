@@ -4,15 +4,22 @@
     films      RUN/films_<frames>: encoded clips for the DiT
     dit        the DiT and the text encoder on a `--mix` of RUN/films_<frames>: mostly images first, then mostly
                whole segments, with `--start-from` the first state (or a checkpoint folder)
-    distill    the few-step LoRA
+    clips      RUN/clips_<frames>: the same of a folder of `--videos` with captions, encoded by the autoencoder of
+               `--checkpoint`
+    lora       RUN/lora/<name>.safetensors: a LoRA for `--checkpoint`, learnt from RUN/clips_<frames>
+    distill    the few-step LoRA: guidance first, then (with `--jump`) fewer steps; of the DiT's state, or of
+               `--checkpoint` on RUN/clips_<frames>
     pairs      RUN/pairs_<latent frames>: coarse and fine latents for refinement
     refine     the refinement LoRA
     decoder    goes on with the autoencoder's decoder alone; latents, and all that was learnt on them, stay valid
     pack       RUN/checkpoint, or the folder `--to`, with everything there is
     sheet      RUN/sheets/*.png: samples to look at
+    evaluate   RUN/evaluation_<state>: what a DiT state draws with guidance from unseen prompts and given images,
+               measured as `longtake evaluate` measures a checkpoint folder
 
 Every stage resumes from its state in RUN under the same command and stops after `--minutes`. A line each 50
-steps shows progress. `torchrun --nproc-per-node N -m model.train ...` shares the steps of `dit`, `distill` and
+steps shows progress, <state>.losses.png the loss so far, and with `--sheet-every N` RUN/sheets what the average of the
+weights draws. `torchrun --nproc-per-node N -m model.train ...` shares the steps of `dit`, `distill` and
 `refine` among N processes; `--mix` and `--clips` are then for each of them.
 """
 
@@ -20,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import os
 import shutil
@@ -29,9 +37,14 @@ import torch
 
 from model import world
 from model.checkpoint import load_vae
-from model.train import adapters, films
+from model.errors import ModelError
+from model.evaluate import Renderer, Sampling, measure_image, measure_text, table
+from model.generate import Models
+from model.sampling import base_schedule
+from model.text import TextEncoder
+from model.train import adapters, clips, films, finetune
 from model.train import vae as vae_stage
-from model.train.dit import Generator, Part, Shape, new_generator, sample, train_dit
+from model.train.dit import SHIFT, Generator, Part, Samples, Shape, new_generator, sample, train_dit
 from model.train.films import Cache
 from model.train.loop import Plan, load_average, processes
 from model.train.pack import write_dit, write_scheduler, write_vae
@@ -49,20 +62,26 @@ def plan_of(args: argparse.Namespace, average: float = 0.998) -> Plan:
 
 
 def checkpoint_vae(args: argparse.Namespace) -> VAE:
-    return load_vae(args.folder / "checkpoint", device="cpu", dtype=torch.float32)
+    return load_vae(args.checkpoint or args.folder / "checkpoint", device=args.device, dtype=torch.float32)
 
 
 def trained_generator(args: argparse.Namespace) -> Generator:
     """The averaged weights of the newest DiT state that `--state` names."""
     generator = new_generator(args.width, args.depth, args.seed)
     load_average(generator, args.folder / f"{args.state}.safetensors")
-    return generator.requires_grad_(False)
+    return generator.to(args.device).requires_grad_(False)
+
+
+def samples_of(args: argparse.Namespace) -> Samples | None:
+    if not args.sheet_every:
+        return None
+    return Samples(args.sheet_every, checkpoint_vae(args), args.folder / "sheets", args.guidance)
 
 
 def run_vae(args: argparse.Namespace) -> None:
     image_plan = Plan(steps=args.image_steps, rate=2e-3, final_rate=4e-4, average=0.995, minutes=args.minutes)
-    vae_stage.train_images(args.folder, image_plan, args.base_dim, args.seed, log)
-    vae = vae_stage.train_clips(args.folder, plan_of(args, 0.99), args.base_dim, args.seed, log)
+    vae_stage.train_images(args.folder, image_plan, args.base_dim, args.seed, log, device=args.device)
+    vae = vae_stage.train_clips(args.folder, plan_of(args, 0.99), args.base_dim, args.seed, log, device=args.device)
     load_average(vae, args.folder / "vae.safetensors")
     write_vae(vae_stage.with_measured_latents(vae), args.folder / "checkpoint")
 
@@ -73,8 +92,52 @@ def run_films(args: argparse.Namespace) -> None:
 
 def run_dit(args: argparse.Namespace) -> None:
     mix = [Part(args.folder / f"films_{frames}", Shape(clips, (frames + 3) // 4), w) for frames, clips, w in args.mix]
-    settings = {"width": args.width, "depth": args.depth, "seed": args.seed, "log": log}
-    train_dit(args.folder, args.state, mix, plan_of(args, 0.997), start_from=args.start_from, **settings)
+    train_dit(
+        args.folder,
+        args.state,
+        mix,
+        plan_of(args, 0.997),
+        width=args.width,
+        depth=args.depth,
+        seed=args.seed,
+        start_from=args.start_from,
+        device=args.device,
+        checkpointing=args.checkpointing,
+        samples=samples_of(args),
+        log=log,
+    )
+
+
+def run_clips(args: argparse.Namespace) -> None:
+    height_px, width_px = args.size
+    cut = clips.Cut(args.frames, args.fps, height_px, width_px)
+    videos = clips.captioned_videos(args.videos, args.captions)
+    count = clips.build_clips(checkpoint_vae(args), args.folder / f"clips_{args.frames}", videos, cut, log)
+    log(f"{count} clips of {args.frames} frames")
+
+
+def run_lora(args: argparse.Namespace) -> None:
+    file = finetune.train_lora(
+        args.folder,
+        args.checkpoint,
+        Cache(args.folder / f"clips_{args.frames}"),
+        plan_of(args, 0.99),
+        Shape(args.clips, (args.frames + 3) // 4),
+        name=args.name,
+        rank=args.rank,
+        seed=args.seed,
+        device=args.device,
+        checkpointing=args.checkpointing,
+        samples=samples_of(args),
+        log=log,
+    )
+    log(f"{file}")
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH in pixels."""
+    height, width = text.lower().split("x")
+    return int(height), int(width)
 
 
 def part_of_mix(text: str) -> tuple[int, int, float]:
@@ -83,13 +146,22 @@ def part_of_mix(text: str) -> tuple[int, int, float]:
     return int(frames), int(clips), float(weight)
 
 
+def teacher_of(args: argparse.Namespace, cache: Cache) -> Generator:
+    """The transformer of `--checkpoint`, or else of the DiT's state."""
+    if args.checkpoint is None:
+        return trained_generator(args)
+    return finetune.checkpoint_generator(args.checkpoint, finetune.captions_of(cache), args.device)
+
+
 def run_distill(args: argparse.Namespace) -> None:
-    cache = Cache(args.folder / f"films_{args.frames}")
+    cache = Cache(args.folder / f"{'clips' if args.checkpoint else 'films'}_{args.frames}")
     shape = Shape(args.clips, (args.frames + 3) // 4)
+    student, teacher = (teacher_of(args, cache) for _ in range(2))
+    student.dit.gradient_checkpointing = args.checkpointing
     adapters.train_distilled(
         args.folder,
-        trained_generator(args),
-        trained_generator(args),
+        student,
+        teacher,
         cache,
         plan_of(args, 0.99),
         shape,
@@ -152,16 +224,33 @@ def run_sheet(args: argparse.Namespace) -> None:
         log(prompt)
 
 
+def run_evaluate(args: argparse.Namespace) -> None:
+    generator, folder = trained_generator(args), args.folder / f"evaluation_{args.state}"
+    models = Models(generator.dit, checkpoint_vae(args), torch.device(args.device), torch.float32)
+    text = TextEncoder(generator.prompter.tokenizer, generator.prompter.encoder)
+    sampling = Sampling(base_schedule(args.steps, SHIFT), args.guidance, segment_frames=args.frames)
+    renderer = Renderer(models, text, sampling)
+    result = {
+        "text": measure_text(renderer, args.clips, args.seed, folder, log),
+        "image": measure_image(renderer, args.clips, args.seed, folder, log),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result), flush=True)
+
+
 STAGES = {
     "vae": run_vae,
     "films": run_films,
+    "clips": run_clips,
     "dit": run_dit,
+    "lora": run_lora,
     "distill": run_distill,
     "pairs": run_pairs,
     "refine": run_refine,
     "decoder": run_decoder,
     "pack": run_pack,
     "sheet": run_sheet,
+    "evaluate": run_evaluate,
 }
 
 
@@ -176,9 +265,12 @@ def parser() -> argparse.ArgumentParser:
         "distill": {"steps": 300, "rate": 1e-3, "final_rate": 1e-4, "clips": 6, "frames": 93},
         "refine": {"steps": 400, "rate": 1e-3, "final_rate": 1e-4},
         "decoder": {"steps": 600, "rate": 6e-4, "final_rate": 4e-5},
+        "lora": {"steps": 500, "rate": 1e-4, "final_rate": 1e-5, "clips": 1, "frames": 93},
         "films": {"clips": 2048},
+        "clips": {"frames": 93},
         "pairs": {"clips": 192},
         "sheet": {"steps": 24, "frames": 93},
+        "evaluate": {"steps": 24, "frames": 93, "clips": 64},
     }
     for name in STAGES:
         stage = stages.add_parser(name)
@@ -204,6 +296,16 @@ def parser() -> argparse.ArgumentParser:
         many = name == "refine"
         stage.add_argument("--latent-frames", type=int, nargs="+" if many else None, default=[16] if many else 16)
         stage.add_argument("--to", type=Path, default=None, help="folder to pack into, RUN/checkpoint by default")
+        stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        stage.add_argument("--checkpointing", action="store_true", help="save memory for time")
+        stage.add_argument("--sheet-every", type=int, default=0, metavar="N", help="a sample sheet every N steps")
+        needed = name in ("clips", "lora")
+        stage.add_argument("--checkpoint", type=Path, default=None, required=needed, help="checkpoint folder")
+        stage.add_argument("--videos", type=Path, default=None, required=name == "clips", help="folder of videos")
+        stage.add_argument("--captions", type=Path, default=None, help="Parquet table: file, caption (else .txt files)")
+        stage.add_argument("--size", type=height_and_width, default=(64, 96), metavar="HEIGHTxWIDTH")
+        stage.add_argument("--fps", type=float, default=15.0)
+        stage.add_argument("--name", default="style", help="name of the LoRA")
         stage.add_argument("--held-out", action="store_true", help="prompts that training never saw")
         stage.set_defaults(**defaults.get(name, {}))
     return top
@@ -213,7 +315,12 @@ def main() -> None:
     args = parser().parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         torch.distributed.init_process_group("gloo")
-    STAGES[args.stage](args)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        STAGES[args.stage](args)
+    except ModelError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from model.lora import attach_trainable_lora, save_lora
 from model.sampling import cfg_zero
 from model.train.dit import CONDITION_NOISE, SHIFT, Batch, Generator, Shape, draw_batch, draw_sigmas
 from model.train.films import FPS, Cache, clip_film
-from model.train.loop import Plan, Training, averaged, processes, share, train
+from model.train.loop import Plan, Training, averaged, load_average, processes, share, train
 from model.vae import VAE
 
 LAYERS = (
@@ -51,10 +51,10 @@ def attach(dit: DiT, layers: tuple[str, ...], rank: int, seed: int) -> None:
 def _levels(batch: Batch, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Noised latents with slightly noised conditions in front, timesteps [B,T] and the levels [B]."""
     clean, n = batch.clean, batch.num_cond
-    noise = torch.randn(clean.shape, generator=source)
-    levels = draw_sigmas(len(clean), source)
+    noise = torch.randn(clean.shape, generator=source).to(clean.device)
+    levels = draw_sigmas(len(clean), source).to(clean.device)
     sigma = levels.view(-1, 1, 1, 1, 1)
-    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=source)
+    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=source).to(clean.device)
     mixed = (1 - sigma) * clean + sigma * noise
     latents = torch.cat([clean[:, :, :n] + blur * noise[:, :, :n], mixed[:, :, n:]], 2)
     return latents, _timesteps(levels, clean.shape[2], n), levels
@@ -122,17 +122,22 @@ def train_distilled(
     seed: int,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Train and write lora/cfg_step_lora.safetensors under `folder`."""
+    """Train and write lora/cfg_step_lora.safetensors under `folder`: with `jump` 0 guidance (state cfg_step), with
+    another fewer steps (state few_step), which goes on from the adapters that learnt guidance, where there are any.
+    """
     attach(student.dit, LAYERS, rank, seed)
     student.prompter.requires_grad_(False)
+    guided = folder / "cfg_step.safetensors"
+    state = folder / "few_step.safetensors" if jump else guided
+    if jump and guided.exists() and not state.exists():
+        load_average(student.dit, guided)
     training = Training(student.dit, plan)
-    state = folder / "cfg_step.safetensors"
     if state.exists():
         training.load(state)
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(seed * 6_000_011 + share(step))
-        batch = draw_batch(cache, rng, shape.clips, shape.latent_frames)
+        batch = draw_batch(cache, rng, shape.clips, shape.latent_frames).to(student.dit.device)
         return distill_loss(
             student, teacher, batch, guidance, torch.Generator().manual_seed(seed * 6_000_011 + share(step)), jump
         )
@@ -209,13 +214,13 @@ def refine_loss(generator: Generator, rough: Tensor, fine: Tensor, num_cond: int
 
     The first `num_cond` latents are fine ones, almost clean.
     """
-    noise = torch.randn(fine.shape, generator=source)
+    noise = torch.randn(fine.shape, generator=source).to(fine.device)
     begin = (1 - START) * rough + START * noise
-    sigma = START * torch.rand(len(fine), 1, generator=source).sqrt()
+    sigma = START * torch.rand(len(fine), 1, generator=source).sqrt().to(fine.device)
     sigma[::3] = START
     share = (sigma / START).view(-1, 1, 1, 1, 1)
     latents = torch.lerp(fine, begin, share)
-    blur = 0.05 * torch.rand(len(fine), 1, 1, 1, 1, generator=source)
+    blur = 0.05 * torch.rand(len(fine), 1, 1, 1, 1, generator=source).to(fine.device)
     latents = torch.cat([(fine + blur * noise)[:, :, :num_cond], latents[:, :, num_cond:]], 2)
     timesteps = 1000.0 * sigma.expand(-1, fine.shape[2]).clone()
     timesteps[:, :num_cond] = 0.0
@@ -258,7 +263,8 @@ def train_refinement(
         index = torch.tensor([rng.randrange(len(chosen.fine)) for _ in range(clips)])
         num_cond = rng.choices((0, 4, 8), (0.7, 0.1, 0.2))[0] if frames > 8 else 0
         source = torch.Generator().manual_seed(seed * 7_000_003 + share(step))
-        return refine_loss(generator, chosen.rough[index].float(), chosen.fine[index].float(), num_cond, source)
+        rough, fine = (latents[index].float().to(generator.dit.device) for latents in (chosen.rough, chosen.fine))
+        return refine_loss(generator, rough, fine, num_cond, source)
 
     train(training, loss_of, state, log=log)
     write_lora(training, generator.dit, folder / "lora" / "refinement_lora.safetensors")

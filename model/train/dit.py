@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model import world
 from model.checkpoint import load_dit
 from model.config import BlockSparseConfig, DiTConfig
 from model.dit import DiT
@@ -26,7 +26,9 @@ from model.sampling import TextCondition, base_schedule, denoise
 from model.text import NEGATIVE_PROMPT
 from model.train.films import Cache
 from model.train.loop import Plan, Training, load_average, share, train
+from model.train.sheet import write_sheet
 from model.train.text import WIDTH, Prompter, new_prompter
+from model.vae import VAE
 
 CONDITION_LATENTS = 4
 DROPPED_PROMPTS = 0.12
@@ -75,6 +77,9 @@ class Batch:
     prompts: list[str]
     cover: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return replace(self, clean=self.clean.to(device), cover=self.cover.to(device))
+
 
 def draw_batch(cache: Cache, rng: random.Random, clips: int, latent_frames: int) -> Batch:
     """A random task with clips that suit it."""
@@ -86,21 +91,21 @@ def draw_batch(cache: Cache, rng: random.Random, clips: int, latent_frames: int)
         index = rng.randrange(len(cache))
         if num_cond != CONDITION_LATENTS and not cache.steady(index):
             continue
-        if len(cache.scenes[index][1].movers) > 1 and rng.random() < SKIPPED_PAIRS:
+        if cache.shapes(index) > 1 and rng.random() < SKIPPED_PAIRS:
             continue
         chosen.append(index)
     return Batch(
         torch.stack([cache.clip(index, latent_frames) for index in chosen]),
         num_cond,
-        [_worded(cache.scenes[index][1], rng) for index in chosen],
+        [_worded(cache, index, rng) for index in chosen],
         torch.stack([cache.cover(index, latent_frames) for index in chosen]),
     )
 
 
-def _worded(scene: world.Scene, rng: random.Random) -> str:
+def _worded(cache: Cache, index: int, rng: random.Random) -> str:
     if rng.random() < DROPPED_PROMPTS:
         return rng.choice(("", NEGATIVE_PROMPT))
-    return world.caption(scene, rng)
+    return cache.caption(index, rng)
 
 
 def draw_sigmas(clips: int, generator: torch.Generator, shift: float = SHIFT) -> Tensor:
@@ -128,11 +133,11 @@ def flow_loss(generator: Generator, batch: Batch, noise_source: torch.Generator)
     little noise is left: with much of it, the weight would teach shapes where there are none.
     """
     clean, n = batch.clean, batch.num_cond
-    noise = torch.randn(clean.shape, generator=noise_source)
-    levels = draw_sigmas(len(clean), noise_source, shift_for(clean.shape[2]))
+    noise = torch.randn(clean.shape, generator=noise_source).to(clean.device)
+    levels = draw_sigmas(len(clean), noise_source, shift_for(clean.shape[2])).to(clean.device)
     sigma = levels.view(-1, 1, 1, 1, 1)
     mixed = (1 - sigma) * clean + sigma * noise
-    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=noise_source)
+    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=noise_source).to(clean.device)
     latents = torch.cat([clean[:, :, :n] + blur * noise[:, :, :n], mixed[:, :, n:]], 2)
     timesteps = 1000.0 * sigma.view(-1, 1).expand(-1, clean.shape[2]).clone()
     timesteps[:, :n] = 0.0
@@ -170,12 +175,17 @@ def train_dit(
     depth: int,
     seed: int,
     start_from: str | None = None,
+    device: str = "cpu",
+    checkpointing: bool = False,
+    samples: Samples | None = None,
     log: Callable[[str], None] = print,
 ) -> Generator:
     """Train `state`.safetensors in `folder`; a new one takes the weights that `start_from` names: another state of
-    the folder, or a checkpoint folder.
+    the folder, or a checkpoint folder. `checkpointing` keeps the activations between blocks alone, which costs time
+    and saves memory.
     """
-    generator = new_generator(width, depth, seed)
+    generator = new_generator(width, depth, seed).to(device)
+    generator.dit.gradient_checkpointing = checkpointing
     file = folder / f"{state}.safetensors"
     if start_from is not None and not file.exists():
         start(generator, folder, start_from)
@@ -191,10 +201,40 @@ def train_dit(
         index = random.Random(seed * 5_000_011 + step).choices(range(len(mix)), [part.weight for part in mix])[0]
         shape, own_seed = mix[index].shape, seed * 4_000_037 + share(step)
         batch = draw_batch(caches[index], random.Random(own_seed), shape.clips, shape.latent_frames)
-        return flow_loss(generator, batch, torch.Generator().manual_seed(own_seed))
+        return flow_loss(generator, batch.to(generator.dit.device), torch.Generator().manual_seed(own_seed))
 
-    train(training, loss_of, file, log=log)
+    train(training, loss_of, file, **sampling_of(samples, generator, caches[-1], file.stem), log=log)
     return generator
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A sheet of sample films every `every` steps, decoded by `vae` and written into `folder`."""
+
+    every: int
+    vae: VAE
+    folder: Path
+    guidance: float = 3.0
+    rows: int = 4
+
+
+def sampling_of(samples: Samples | None, generator: Generator, cache: Cache, name: str) -> dict[str, Any]:
+    """What `train` needs to write sheets: films of the prompts of the cache's first clips, as long as these."""
+    if samples is None:
+        return {}
+    prompts = [cache.caption(index) for index in range(min(samples.rows, len(cache)))]
+    frames, rows, columns = cache.latents.shape[2:]
+
+    def write(step: int) -> str:
+        latents = sample(
+            generator, prompts, frames, seed=0, steps=16, guidance=samples.guidance, rows=rows, columns=columns
+        )
+        videos = [samples.vae.decode(one)[0].float().cpu() for one in latents.split(1)]
+        file = samples.folder / f"{name}_{step:06d}.png"
+        write_sheet(videos, file, labels=prompts)
+        return f"samples: {file}"
+
+    return {"evaluate": write, "evaluate_every": samples.every}
 
 
 def start(generator: Generator, folder: Path, name: str) -> None:

@@ -3,6 +3,9 @@
 Shards of 256 clips: safetensors with `latents` [N,16,T,H,W] in half precision (normalised) and `cover`
 [N,T,H,W], how much of a latent's place shapes cover, on 0..255; and a JSON file with the scenes that captions
 are worded from. Clip i of a cache depends on the cache's seed and i alone, so a cache grows and resumes.
+
+A cache of videos that somebody brought (model/train/clips.py) has a caption in the place of a clip's scenes, and no
+`cover`.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ def clip_film(seed: int, index: int) -> tuple[world.Film, float]:
 def build_cache(vae: VAE, folder: Path, seed: int, clips: int, frames: int, size: tuple[int, int] = (64, 96)) -> None:
     """Encode films until the cache in `folder` holds `clips` clips of `frames` frames."""
     folder.mkdir(parents=True, exist_ok=True)
+    device = next(vae.parameters()).device
     for first in range(0, clips, SHARD):
         shard = folder / f"{first:06d}.safetensors"
         if shard.exists():
@@ -51,13 +55,18 @@ def build_cache(vae: VAE, folder: Path, seed: int, clips: int, frames: int, size
         for index in range(first, min(first + SHARD, clips)):
             film, start_s = clip_film(seed, index)
             video, mask = world.render(film, world.frame_times(frames, FPS, start_s), *size)
-            latents.append(vae.encode(video.transpose(0, 1).unsqueeze(0))[0].half())
+            latents.append(vae.encode(video.transpose(0, 1).unsqueeze(0).to(device))[0].half().cpu())
             covers.append(latent_cover(mask))
             scenes.append([dataclasses.asdict(s) for s in (film.scene, film.after or film.scene)])
         shard.with_suffix(".json").write_text(json.dumps(scenes))
-        part = shard.with_suffix(".part")
-        save_file({"latents": torch.stack(latents), "cover": torch.stack(covers)}, part)
-        os.replace(part, shard)
+        write_shard(shard, {"latents": torch.stack(latents), "cover": torch.stack(covers)})
+
+
+def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    """All or nothing, so that an interrupted cache goes on where it stopped."""
+    part = file.with_suffix(".part")
+    save_file(tensors, part)
+    os.replace(part, file)
 
 
 def latent_cover(mask: Tensor) -> Tensor:
@@ -65,6 +74,11 @@ def latent_cover(mask: Tensor) -> Tensor:
     places = F.avg_pool2d(mask, 8)
     frames = [places[:1], *places[1:].split(4)]
     return torch.stack([255.0 * group.mean(0) for group in frames]).round().to(torch.uint8)
+
+
+def _no_cover(latents: Tensor) -> Tensor:
+    """Every place of latents [N,16,T,H,W] counts alike: bytes [N,T,H,W]."""
+    return torch.zeros(latents[:, 0].shape, dtype=torch.uint8)
 
 
 def _scene(values: dict[str, Any]) -> world.Scene:
@@ -78,12 +92,22 @@ class Cache:
         shards = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
         loaded = [load_file(file) for file in shards]
         self.latents = torch.cat([tensors["latents"] for tensors in loaded])
-        self.covers = torch.cat([tensors["cover"] for tensors in loaded])
-        scenes = [pair for file in shards for pair in json.loads(file.with_suffix(".json").read_text())]
-        self.scenes = [(_scene(first), _scene(then)) for first, then in scenes]
+        self.covers = torch.cat([tensors.get("cover", _no_cover(tensors["latents"])) for tensors in loaded])
+        texts = [text for file in shards for text in json.loads(file.with_suffix(".json").read_text())]
+        self.texts = [text if isinstance(text, str) else (_scene(text[0]), _scene(text[1])) for text in texts]
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.texts)
+
+    def caption(self, index: int, rng: random.Random | None = None) -> str:
+        """What the clip shows at its end, in one of many wordings where a generator chooses."""
+        text = self.texts[index]
+        return text if isinstance(text, str) else world.caption(text[1], rng)
+
+    def shapes(self, index: int) -> int:
+        """How many shapes are drawn; a clip that nobody drew counts as one."""
+        text = self.texts[index]
+        return 1 if isinstance(text, str) else len(text[1].movers)
 
     def clip(self, index: int, latent_frames: int) -> Tensor:
         """The clip's first latent frames [16,T,H,W]: a causal code, so this is the code of the shorter clip."""
@@ -95,4 +119,5 @@ class Cache:
 
     def steady(self, index: int) -> bool:
         """Whether the clip's film does not change."""
-        return self.scenes[index][0] == self.scenes[index][1]
+        text = self.texts[index]
+        return isinstance(text, str) or text[0] == text[1]

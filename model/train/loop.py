@@ -24,6 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.train.curve import Curve
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -178,7 +180,7 @@ class Training:
             p.copy_(tensors["weight." + name])
             self.average[name].copy_(tensors["average." + name])
             keys = ("exp_avg", "exp_avg_sq")
-            moments = {key: tensors[f"{key}.{name}"] for key in keys if f"{key}.{name}" in tensors}
+            moments = {key: tensors[f"{key}.{name}"].to(p.device) for key in keys if f"{key}.{name}" in tensors}
             if moments:
                 # Adam counts its steps; Muon does not mind.
                 self._optimiser_of(p).state[p] = {"step": torch.tensor(float(self.step)), **moments}
@@ -229,34 +231,43 @@ def train(
     training: Training,
     loss_of: Callable[[int], Tensor],
     state: Path | None,
-    evaluate: Callable[[], str] | None = None,
+    evaluate: Callable[[int], str] | None = None,
     evaluate_every: int = 500,
     log: Callable[[str], None] = print,
 ) -> None:
     """Run up to plan.steps steps or plan.minutes minutes. `loss_of(step)` draws the batch of that step and
-    returns its loss.
+    returns its loss; `evaluate(step)` measures the average and says what it found. The losses are drawn beside the
+    state.
     """
     plan = training.plan
+    curve = None if state is None or processes()[0] else Curve(state.with_suffix(".losses"), training.step)
     started, shown, losses = time.monotonic(), time.monotonic(), []
     while training.step < plan.steps and not _over(started, plan.minutes):
         loss = loss_of(training.step)
         norm = training.update(loss)
         losses.append(float(loss.detach()))
-        if training.step % 50 == 0 and processes()[0] == 0:
+        if (training.step % 50 == 0 or training.step == plan.steps) and processes()[0] == 0:
             each_s = (time.monotonic() - shown) / len(losses)
             log(
                 f"step {training.step}/{plan.steps} loss {sum(losses) / len(losses):.4f} norm {norm:.2f} "
                 f"rate {plan.rate_at(training.step):.1e} {each_s:.2f} s/step "
-                f"{(time.monotonic() - started) / 60:.1f} min"
+                f"{(time.monotonic() - started) / 60:.1f} min, {(plan.steps - training.step) * each_s / 60:.1f} to go"
             )
+            if curve is not None:
+                curve.add(training.step, sum(losses) / len(losses))
             shown, losses = time.monotonic(), []
         if state is not None and training.step % plan.save_every == 0:
             training.save(state)
-        if evaluate is not None and training.step % evaluate_every == 0:
-            with averaged(training), torch.no_grad():
-                log(f"step {training.step} {evaluate()}")
+        if evaluate is not None and training.step % evaluate_every == 0 and training.step < plan.steps:
+            _evaluate(training, evaluate, log)
     if state is not None:
         training.save(state)
     if evaluate is not None:
+        _evaluate(training, evaluate, log)
+
+
+def _evaluate(training: Training, evaluate: Callable[[int], str], log: Callable[[str], None]) -> None:
+    """In the first process; the others wait for it at their next step."""
+    if processes()[0] == 0:
         with averaged(training), torch.no_grad():
-            log(f"step {training.step} {evaluate()}")
+            log(f"step {training.step} {evaluate(training.step)}")

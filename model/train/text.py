@@ -80,6 +80,7 @@ class Prompter(nn.Module):
 
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         batch = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        batch = batch.to(self.encoder.device)
         mask = batch["attention_mask"]
         states = self.encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
         return states.unsqueeze(1), mask

@@ -41,7 +41,9 @@ def start_as_image_model(vae: VAE) -> None:
                 module.bias.zero_()
 
 
-def draw_batch(seed: int, count: int, frames: int, height_px: int, width_px: int, fps: float) -> tuple[Tensor, Tensor]:
+def draw_batch(
+    seed: int, count: int, frames: int, height_px: int, width_px: int, fps: float, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Clips [B,3,F,h,w] of random films at random times, and their masks [B,1,F,h,w]."""
     rng = random.Random(seed)
     clips, masks = [], []
@@ -52,14 +54,18 @@ def draw_batch(seed: int, count: int, frames: int, height_px: int, width_px: int
         video, mask = world.render(film, times_s, height_px, width_px)
         clips.append(video.transpose(0, 1))
         masks.append(mask.unsqueeze(0))
-    return torch.stack(clips), torch.stack(masks)
+    return torch.stack(clips).to(device), torch.stack(masks).to(device)
+
+
+def device_of(vae: VAE) -> torch.device:
+    return next(vae.parameters()).device
 
 
 def reconstruction_loss(vae: VAE, video: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Weighted error of a sampled reconstruction plus the KL divergence of the posterior."""
     mean, logvar = vae.encode_moments(video)
     logvar = logvar.clamp(-12.0, 4.0)
-    noise = torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     z = mean + noise * (0.5 * logvar).exp()
     error = weighted_error(vae.decode(vae.normalise(z)) - video, mask)
     divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(1).mean()
@@ -84,7 +90,7 @@ def psnr_db(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
 
 def measure(vae: VAE, frames: int = 93, count: int = 4, size: tuple[int, int] = (64, 96), fps: float = 15.0) -> str:
     """PSNR over unseen films: all pixels, inside shapes, and the first, middle and last third of the frames."""
-    video, mask = draw_batch(7_000_001, count, frames, *size, fps)
+    video, mask = draw_batch(7_000_001, count, frames, *size, fps, device_of(vae))
     decoded = torch.cat([vae.decode(vae.encode(clip)) for clip in video.split(1)])
     thirds = zip(decoded.chunk(3, 2), video.chunk(3, 2), strict=True)
     parts = " ".join(f"{psnr_db(a, b):.1f}" for a, b in thirds)
@@ -97,14 +103,15 @@ def measure(vae: VAE, frames: int = 93, count: int = 4, size: tuple[int, int] = 
 @torch.no_grad()
 def with_measured_latents(vae: VAE, films: int = 24) -> VAE:
     """The same network with latents_mean and latents_std measured on films of both sizes."""
-    means = [vae.encode_moments(draw_batch(8_000_000 + i, 1, 33, 64, 96, 15.0)[0])[0] for i in range(films)]
+    device = device_of(vae)
+    means = [vae.encode_moments(draw_batch(8_000_000 + i, 1, 33, 64, 96, 15.0, device)[0])[0] for i in range(films)]
     values = torch.cat([m.transpose(0, 1).flatten(1) for m in means], 1)
     config = dataclasses.replace(
         vae.config,
         latents_mean=tuple(round(v, 5) for v in values.mean(1).tolist()),
         latents_std=tuple(round(v, 5) for v in values.std(1).clamp_min(1e-4).tolist()),
     )
-    measured = VAE(config)
+    measured = VAE(config).to(device_of(vae))
     measured.load_state_dict(vae.state_dict())
     return measured
 
@@ -118,10 +125,16 @@ def new_vae(base_dim: int, seed: int) -> VAE:
 
 
 def train_images(
-    folder: Path, plan: Plan, base_dim: int, seed: int, log: Callable[[str], None] = print, measured: bool = True
+    folder: Path,
+    plan: Plan,
+    base_dim: int,
+    seed: int,
+    log: Callable[[str], None] = print,
+    measured: bool = True,
+    device: str = "cpu",
 ) -> VAE:
     """Stage one: single frames of both sizes. State: folder/vae_images.safetensors."""
-    vae = new_vae(base_dim, seed)
+    vae = new_vae(base_dim, seed).to(device)
     training = Training(vae, plan)
     state = folder / "vae_images.safetensors"
     if state.exists():
@@ -131,21 +144,27 @@ def train_images(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         large = step % 4 == 3
         count, size = (4, (128, 192)) if large else (16, (64, 96))
-        video, mask = draw_batch(seed * 1_000_003 + step, count, 1, *size, 15.0)
+        video, mask = draw_batch(seed * 1_000_003 + step, count, 1, *size, 15.0, device)
         return reconstruction_loss(vae, video, mask, generator)
 
-    both = lambda: measure(vae, frames=1, count=48) + "; " + measure(vae)  # noqa: E731
+    both = lambda step: measure(vae, frames=1, count=48) + "; " + measure(vae)  # noqa: E731
     train(training, loss_of, state, both if measured else None, log=log)
     return vae
 
 
 def train_clips(
-    folder: Path, plan: Plan, base_dim: int, seed: int, log: Callable[[str], None] = print, measured: bool = True
+    folder: Path,
+    plan: Plan,
+    base_dim: int,
+    seed: int,
+    log: Callable[[str], None] = print,
+    measured: bool = True,
+    device: str = "cpu",
 ) -> VAE:
     """Stage two: clips of 17 (at times 33) frames mixed with images, from stage one's average. State:
     folder/vae.safetensors.
     """
-    vae = new_vae(base_dim, seed)
+    vae = new_vae(base_dim, seed).to(device)
     load_average(vae, folder / "vae_images.safetensors")
     training = Training(vae, plan)
     state = folder / "vae.safetensors"
@@ -160,12 +179,12 @@ def train_clips(
             "large": (1, 13, (128, 192), 30.0),
             "long": (1, 37, (64, 96), 15.0),
         }[kind]
-        video, mask = draw_batch(seed * 2_000_003 + step, count, frames, *size, fps)
+        video, mask = draw_batch(seed * 2_000_003 + step, count, frames, *size, fps, device)
         loss = reconstruction_loss(vae, video, mask, generator)
-        images, masks = draw_batch(seed * 3_000_017 + step, 4, 1, 64, 96, 15.0)
+        images, masks = draw_batch(seed * 3_000_017 + step, 4, 1, 64, 96, 15.0, device)
         return loss + 0.3 * reconstruction_loss(vae, images, masks, generator)
 
-    both = lambda: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
+    both = lambda step: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
     train(training, loss_of, state, both if measured else None, evaluate_every=250, log=log)
     return vae
 
@@ -185,13 +204,14 @@ def train_decoder(folder: Path, vae: VAE, plan: Plan, seed: int, log: Callable[[
     def loss_of(step: int) -> Tensor:
         large = step % 3 == 2
         count, frames, size, fps = (1, 17, (128, 192), 30.0) if large else (2, 25, (64, 96), 15.0)
-        video, mask = draw_batch(seed * 5_000_011 + step, count, frames, *size, fps)
+        video, mask = draw_batch(seed * 5_000_011 + step, count, frames, *size, fps, device_of(vae))
         generator = torch.Generator().manual_seed(seed * 5_000_011 + step)
         with torch.no_grad():
             latents = vae.encode(video)
-            latents += 0.1 * torch.rand(1, generator=generator) * torch.randn(latents.shape, generator=generator)
+            noise = 0.1 * torch.rand(1, generator=generator) * torch.randn(latents.shape, generator=generator)
+            latents += noise.to(latents.device)
         return weighted_error(vae.decode(latents) - video, mask)
 
-    both = lambda: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
+    both = lambda step: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
     train(training, loss_of, state, both, evaluate_every=300, log=log)
     return vae
