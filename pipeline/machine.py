@@ -476,10 +476,19 @@ class Machine:
             self._end(fault.exit_code, f"{task.label or task_id}: {fault.message}")
 
     def _redo(self, task_id: str, fault: Fault) -> None:
-        scope = self._scope(task_id)
-        generation = self._state.redo.get(scope, 0) + 1
-        self._write(RedoRequested(scope, generation, fault.message))
+        for scope in self._noise_behind(task_id):
+            generation = self._state.redo.get(scope, 0) + 1
+            self._write(RedoRequested(scope, generation, fault.message))
         self._replan(task_id)
+
+    def _noise_behind(self, task_id: str) -> list[str]:
+        """The scopes that get new noise when the gate refuses a task: its own, and those of the windows that a unit
+        shows, since encoding the same latents again would show the same.
+        """
+        task = self._graph.tasks[task_id]
+        shown = task.inputs if task.kind == "encode" else ()
+        windows = [input_id for input_id in shown if self._graph.tasks[input_id].kind == "window"]
+        return [self._scope(one) for one in (task_id, *windows)]
 
     def _scope(self, task_id: str) -> str:
         """The plan's name for the piece of noise behind a task."""

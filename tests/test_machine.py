@@ -799,6 +799,16 @@ def test_output_refused_by_the_gate_is_planned_again_with_a_recorded_generation(
     assert studio.run().exit_code == 0
 
 
+def test_a_unit_that_the_gate_refuses_gives_its_windows_new_noise() -> None:
+    """Encoding the same latents again would show the same picture."""
+    studio = Studio(film(segments=2))
+    studio.join("w1")
+    studio.done("prompt", "empty", "a/segment/0", "a/segment/1", "a/window/0", "a/window/1")
+    studio.fails("a/unit/0", fault_of(QualityError("grey")))
+    assert studio.machine.overrides.redo == {"a/unit/0": 1, "a/window/0": 1, "a/window/1": 1}
+    assert studio.of(Replan) == [Replan(studio.id_of("a/unit/0"))]
+
+
 def refuse_generation(studio: Studio, generation: int) -> list[Command]:
     """The gate refuses the chain's only segment; under the new plan it is another task."""
     commands = studio.fails("a/segment/0", fault_of(QualityError("grey")))

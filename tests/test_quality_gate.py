@@ -1,0 +1,77 @@
+"""The quality gate by the real command: a checkpoint that draws nothing is tried again under recorded new seeds,
+twice, and then ends the render with exit code 4. A whole render leaves the report page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pipeline.ledger import Ledger
+from pipeline.store import open_store
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+
+def render(folder: Path, checkpoint: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    shot = {"id": "one", "duration": "1s", "prompt": "a red circle moves left"}
+    storyboard = {"title": "Gate", "checkpoint": str(checkpoint), "refinement": "none", "shots": [shot], **changes}
+    (folder / "film.yaml").write_text(yaml.safe_dump(storyboard))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "render", "film.yaml", "--json"],
+        cwd=folder, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def broken_checkpoint(tiny_checkpoint: Path, tmp_path: Path):
+    """The tiny checkpoint with another last layer of its autoencoder: `value` in all of its weights and biases."""
+
+    def make(value: float) -> Path:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(tiny_checkpoint, folder)
+        file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+            tensors[name] = torch.full_like(tensors[name], value)
+        save_file(tensors, file, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def test_a_film_without_a_picture_is_redone_twice_and_ends_with_code_4(broken_checkpoint, tmp_path: Path) -> None:
+    done = render(tmp_path, broken_checkpoint(0.0))
+    assert done.returncode == 4, done.stderr
+    assert "one flat colour" in done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    sent = [event for event in events if event["event"] == "dispatched" and "segment" in event["label"]]
+    assert len(sent) == 3
+    state = Ledger(open_store(str(tmp_path / "renders/gate"))).load()
+    assert state.redo == {"one/segment/0": 2}
+    again = render(tmp_path, tmp_path / "checkpoint")
+    assert again.returncode == 4, "the budget stays used up"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_render_ends_with_its_report_page(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done = render(tmp_path, tiny_checkpoint)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "renders/gate/report.html").read_text(encoding="utf-8")
+    for words in ("Gate", "Contact sheet", "Drift", "Timings", "one/segment/0"):
+        assert words in page
+    made = (tmp_path / "renders/gate/report.html").stat().st_mtime_ns
+    assert render(tmp_path, tiny_checkpoint).returncode == 0
+    assert (tmp_path / "renders/gate/report.html").stat().st_mtime_ns == made, "what is there is not measured again"
