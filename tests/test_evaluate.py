@@ -16,6 +16,11 @@ from model.checkpoint import load_vae
 from model.evaluate import MEASURES, Renderer, Sampling, Share, drawn_frames, table, wanted_films
 from model.generate import Models
 from model.sampling import distilled_schedule
+from model.train.__main__ import main as train
+from model.train.dit import new_generator
+from model.train.loop import Plan, Training
+from model.train.pack import write_vae
+from model.train.vae import new_vae
 from tests.test_judge import POCKET
 
 SAMPLING = Sampling(distilled_schedule(2, 8.0), 1.0)
@@ -119,3 +124,16 @@ def test_the_command_repeats_itself(
     assert first == second
     assert first["text"]["colour"]["total"] == 1
     assert (tmp_path / "a" / "chain_1.png").read_bytes() == (tmp_path / "b" / "chain_1.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_state_of_training_is_measured_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(steps=1, rate=1e-3, final_rate=1e-3)
+    Training(new_generator(64, 1, 1), plan).save(tmp_path / "dit.safetensors")
+    write_vae(new_vae(4, 0), tmp_path / "checkpoint")
+    sizes = ["--width", "64", "--depth", "1", "--frames", "9", "--steps", "2", "--clips", "1", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["model.train", "evaluate", "--folder", str(tmp_path), *sizes])
+    train()
+    result = json.loads((tmp_path / "evaluation_dit" / "evaluation.json").read_text())
+    assert result["text"]["colour"]["total"] == result["image"]["kept"]["total"] == 1
+    assert (tmp_path / "evaluation_dit" / "text_1.png").is_file()
