@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -158,9 +158,7 @@ class Orchestrator:
 
     def _open(self) -> Plan:
         """Take the lease, read the ledger, plan: everything that has to be true before the first event."""
-        epoch = self._ledger.take_lease()
-        if self._job.fresh:
-            self._ledger.start_over()
+        epoch = self._ledger.take_lease(fresh=self._job.fresh)
         state = self._ledger.load()
         self._commits = dict(state.commits)
         plan = make_plan(self._job.recipe, state.overrides)
@@ -177,11 +175,15 @@ class Orchestrator:
             self._spawn(self._start_worker())
 
     async def _handle(self, event: ev.Event) -> None:
-        """Feed one event and what its commands lead to."""
+        """Feed one event and what its commands lead to.
+
+        Stamped when it is handled: what piled up while the store did not answer must not pass for time in which
+        an order that was only just sent has been silent.
+        """
         assert self._machine is not None
         pending = [event]
         while pending and self._finish is None:
-            commands = self._machine.handle(pending.pop(0))
+            commands = self._machine.handle(replace(pending.pop(0), now_s=time.monotonic()))
             if not commands:
                 continue
             try:

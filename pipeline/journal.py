@@ -125,7 +125,10 @@ class RequestTaken:
 
 @dataclass(frozen=True)
 class StartedOver:
-    """A person asked to start over: nothing committed or journalled before this epoch counts any more."""
+    """A person asked to start over: nothing committed or journalled before this epoch counts any more.
+
+    Written in the epoch's lease, not in the journal; `Ledger.history` puts it where it belongs.
+    """
 
     epoch: int
 
@@ -184,7 +187,6 @@ _KINDS: dict[str, type[Any]] = {
     "redo": RedoRequested,
     "reset": TaskReset,
     "request": RequestTaken,
-    "over": StartedOver,
     "pick": TakePicked,
     "lock": ShotLocked,
     "unlock": ShotUnlocked,

@@ -67,9 +67,24 @@ def last_holder(store: Store) -> LeaseHolder | None:
     return LeaseHolder(epoch, Owner(**value["owner"]), value["taken_at_s"], released)
 
 
-def lease_record(epoch: int, owner: Owner, nonce: str, taken_at_s: float) -> bytes:
+def lease_record(epoch: int, owner: Owner, nonce: str, taken_at_s: float, *, fresh: bool = False) -> bytes:
     """The bytes of a lease. The nonce makes two attempts at the same lease differ."""
-    return seal({"epoch": epoch, "owner": asdict(owner), "nonce": nonce, "taken_at_s": taken_at_s})
+    content = {"epoch": epoch, "owner": asdict(owner), "nonce": nonce, "taken_at_s": taken_at_s}
+    return seal(content | ({"fresh": True} if fresh else {}))
+
+
+def cuts(store: Store) -> list[tuple[int, float]]:
+    """(epoch, Unix time) of each lease that started over, in order. One that cannot be read did not."""
+    paths = [file.path for file in store.list("lease") if file.path.endswith(".json")]
+    found = []
+    for _, data in store.read_many(paths):
+        try:
+            value = unseal(data or b"")
+        except TornRecord:
+            continue
+        if value.get("fresh"):
+            found.append((value["epoch"], value["taken_at_s"]))
+    return found
 
 
 def lives(holder: LeaseHolder, me: Owner) -> bool | None:

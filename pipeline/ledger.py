@@ -47,6 +47,7 @@ from pipeline.lease import (
     LeaseHolder,
     Owner,
     beat_path,
+    cuts,
     last_holder,
     lease_path,
     lease_record,
@@ -212,16 +213,18 @@ class Ledger:
         """The last one who took the lease, None if nobody ever did."""
         return self._patiently(lambda: last_holder(self.store))
 
-    def take_lease(self, *, watch_s: float = 30.0) -> int:
+    def take_lease(self, *, watch_s: float = 30.0, fresh: bool = False) -> int:
         """Take the next epoch, which every later write carries. SettingError if a live orchestrator holds it.
 
+        With `fresh`, nothing counts that was committed or journalled before: all or nothing, in the same write.
         A holder on another host is watched for `watch_s`: it is live if its heartbeat moves.
         """
         before = self.holder()
         if before is not None:
-            refuse_if_live(self.store, before, self._owner, watch_s=watch_s, sleep=self._sleep)
+            watch = partial(refuse_if_live, self.store, before, self._owner, watch_s=watch_s, sleep=self._sleep)
+            self._patiently(watch)
         epoch = before.epoch + 1 if before else 1
-        data = lease_record(epoch, self._owner, secrets.token_hex(8), self._clock())
+        data = lease_record(epoch, self._owner, secrets.token_hex(8), self._clock(), fresh=fresh)
         if not self._create(lease_path(epoch), data):
             raise SettingError("another render was started here just now", field="--store", value=self.store.url)
         if self._patiently(lambda: self.store.create_if_absent(lease_path(epoch), b"")):
@@ -232,6 +235,8 @@ class Ledger:
                 remedy="It must support conditional writes (If-None-Match).",
             )
         self.epoch = epoch
+        if fresh:
+            self._cut = epoch
         return epoch
 
     def renew_lease(self) -> None:
@@ -266,22 +271,23 @@ class Ledger:
         for entry in entries:
             self._remember(entry)
 
-    def start_over(self) -> None:
-        """Let nothing count that was committed or journalled before this epoch. One entry: all or nothing."""
-        self.journal([StartedOver(self.epoch)])
-
     def _remember(self, entry: JournalEntry) -> None:
-        if isinstance(entry, StartedOver):
-            self._cut = entry.epoch
         if isinstance(entry, AttemptStarted):
             self._latest[entry.task_id] = (entry.attempt, entry.epoch)
         if isinstance(entry, Invalidated):
             self._invalidated.setdefault(entry.task_id, set()).add((entry.attempt, entry.epoch))
 
     def history(self, problems: list[str] | None = None) -> Iterator[tuple[float, JournalEntry]]:
-        """(Unix time, entry) of the whole journal, in order. Files that cannot be read go to `problems`."""
+        """(Unix time, entry) of the whole journal, in order. Files that cannot be read go to `problems`.
+
+        Where a lease started over, `StartedOver` stands before the first entry that counts.
+        """
         paths = [file.path for file in self._patiently(lambda: self.store.list("journal"))]
+        ahead = self._patiently(lambda: cuts(self.store))
         for path, data in self.store.read_many(paths):
+            while ahead and ahead[0][0] <= _epoch_of(path):
+                epoch, at_s = ahead.pop(0)
+                yield at_s, StartedOver(epoch)
             try:
                 body = unseal(data or b"")
             except TornRecord as error:
@@ -290,6 +296,8 @@ class Ledger:
                 continue
             for value in body["entries"]:
                 yield body["at_s"], entry_from_json(value)
+        for epoch, at_s in ahead:
+            yield at_s, StartedOver(epoch)
 
     # The state
 
@@ -464,6 +472,10 @@ class Ledger:
             self._sleep(pause_s)
             waited_s += pause_s
             pause_s = min(MAX_PAUSE_S, 2 * pause_s)
+
+
+def _epoch_of(journal_path: str) -> int:
+    return int(journal_path.removeprefix("journal/").partition("-")[0])
 
 
 def _numerics_path(cut: int) -> str:

@@ -106,8 +106,7 @@ def test_after_starting_over_the_old_bytes_may_go(store: LocalStore, capsys: pyt
     render_into(store, recipe_of(ONE))
     old = {file.path for file in store.list("attempts")}
     ledger = Ledger(store)
-    ledger.take_lease()
-    ledger.start_over()
+    ledger.take_lease(fresh=True)
     ledger.release_lease()
     render_into(store, recipe_of(ONE))
     assert set(collect(store, capsys)["files"]) == old  # type: ignore[call-overload]

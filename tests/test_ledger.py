@@ -25,7 +25,6 @@ from pipeline.journal import (
     RequestTaken,
     ShotLocked,
     ShotUnlocked,
-    StartedOver,
     TakePicked,
     TaskLog,
     TaskReset,
@@ -48,10 +47,10 @@ def store(tmp_path: Path) -> LocalStore:
     return opened
 
 
-def _ledger(store: LocalStore, host: str = "here", **options: Any) -> Ledger:
+def _ledger(store: LocalStore, host: str = "here", *, fresh: bool = False, **options: Any) -> Ledger:
     """A ledger of a host of its own, with the lease taken."""
     ledger = Ledger(store, owner=Owner(host, 1), **options)
-    ledger.take_lease(watch_s=0)
+    ledger.take_lease(watch_s=0, fresh=fresh)
     return ledger
 
 
@@ -115,7 +114,6 @@ ENTRIES: list[JournalEntry] = [
     RedoRequested("a/segment/0", 1, "grey"),
     TaskReset("segment-1", "a/segment/0"),
     RequestTaken("r1", "pause", 3),
-    StartedOver(3),
     TakePicked("a", 2),
     ShotLocked("a", {"0" * 64: "segment-1"}, {"a/segment/0": "0" * 64}),
     ShotUnlocked("a"),
@@ -424,8 +422,7 @@ def test_after_starting_over_nothing_older_counts_and_nothing_is_deleted(store: 
     ledger.journal([RedoRequested("a/segment/0", 1, "grey"), TakePicked("a", 2)])
     ledger.pin_numerics({"torch": "1"})
     before = store.list()
-    again = _ledger(store, "next")
-    again.start_over()
+    again = _ledger(store, "next", fresh=True)
     state = again.load()
     assert (state.commits, state.logs, state.redo, state.picked, state.problems) == ({}, {}, {}, {}, ())
     assert again.pin_numerics({"torch": "2"}) == (), "another record may be pinned"
@@ -436,18 +433,18 @@ def test_after_starting_over_nothing_older_counts_and_nothing_is_deleted(store: 
     assert Ledger(store).verify().problems == ()
 
 
-def test_starting_over_is_one_write_so_that_a_crash_leaves_all_or_nothing(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starting_over_is_the_write_that_takes_the_lease_so_that_nobody_can_miss_it(store: LocalStore) -> None:
     _film(_ledger(store))
-    again = _ledger(store, "next", outage_s=0.0)
-    created: list[str] = []
-    create = store.create_if_absent
-    monkeypatch.setattr(store, "create_if_absent", lambda path, data: created.append(path) or create(path, data))
-    again.start_over()
-    assert created == ["journal/00000002-00000001.json"]
-    store.delete(created[0])
-    assert len(Ledger(store).load().commits) == 5
+    starting_over = _ledger(store, "next", fresh=True)
+    successor = _ledger(store, "its successor")
+    assert successor.load().commits == {}, "though the one before wrote nothing else"
+    with pytest.raises(LeaseLost):
+        starting_over.journal([TaskReset("text-1")])
+    text = _commit(successor, "text-1")
+    assert Ledger(store).load().commits == {"text-1": text}
+    for path in ("lease/00000003.json", "lease/00000002.json", "lease/00000002.released", "commits/text-1.2.json"):
+        store.delete(path)
+    assert len(Ledger(store).load().commits) == 5, "without that write all would be as before"
 
 
 def test_who_was_taken_over_cannot_bring_back_what_was_forgotten(store: LocalStore) -> None:
@@ -457,8 +454,7 @@ def test_who_was_taken_over_cannot_bring_back_what_was_forgotten(store: LocalSto
         late = _ledger(store, f"late{landed_first}")
         _begin(late, task_id)
         record = _produce(late, task_id, b"old bytes")
-        successor = _ledger(store, f"successor{landed_first}")
-        successor.start_over()
+        successor = _ledger(store, f"successor{landed_first}", fresh=True)
         if landed_first:
             store.create_if_absent(f"commits/{task_id}.json", seal(commit_to_json(record)))
         mine = _commit(successor, task_id)
