@@ -409,7 +409,8 @@ class Orchestrator:
             state = "stopped"
         try:
             await asyncio.to_thread(self._publisher.conclude, dict(self._commits), state, finish.message)
-        except LongtakeError as error:
+        except (LongtakeError, OSError, ValueError) as error:
+            # The film is committed: what people look at beside it must not turn that into a failure.
             self._story.tell("note", message=f"not refreshed: {error}", warning=True)
 
     async def _close(self) -> None:

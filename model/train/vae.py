@@ -111,7 +111,7 @@ def with_measured_latents(vae: VAE, films: int = 24) -> VAE:
         latents_mean=tuple(round(v, 5) for v in values.mean(1).tolist()),
         latents_std=tuple(round(v, 5) for v in values.std(1).clamp_min(1e-4).tolist()),
     )
-    measured = VAE(config).to(device_of(vae))
+    measured = VAE(config).to(device)
     measured.load_state_dict(vae.state_dict())
     return measured
 
