@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.cli_deploy import add_manifest
 from pipeline.errors import LongtakeError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_checkpoint(commands)
     _add_evaluate(commands)
+    add_manifest(commands)
     return parser
 
 

@@ -224,7 +224,9 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
     recipe, store, plan = prepared.recipe, prepared.store, prepared.plan
     put_media(plan, store)
     cpus = max(_cores(), (request.workers or 1) * (request.threads or 1))
-    with open_session(request.address, cpus=cpus) as session:
+    # Who names a number of GPU workers means them: a cluster that is starting gets the time for it.
+    gpus = (request.workers or 0) if request.device == "cuda" else 0
+    with open_session(request.address, cpus=cpus, gpus=gpus) as session:
         placement = place_workers(
             session.resources,
             device=request.device,

@@ -17,7 +17,8 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipeline.errors import SettingError
 NAMESPACE = "longtake"
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 START_ATTEMPTS = 4
+NODES_LOOK_S, NODES_LIMIT_S = 5.0, 1800.0
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _FOLDER_PREFIX = "lt-"
 # "<folder>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" has to fit into 107 bytes.
@@ -42,9 +44,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(address: str | None, *, cpus: int) -> Iterator[Session]:
-    """Start a local cluster of `cpus` slots, or join the one at `address`."""
-    with local_session(cpus) if address is None else _joined_session(address) as session:
+def open_session(address: str | None, *, cpus: int, gpus: int = 0) -> Iterator[Session]:
+    """Start a local cluster of `cpus` slots, or join the one at `address`, which gets time to have `gpus`."""
+    with local_session(cpus) if address is None else _joined_session(address, gpus) as session:
         yield session
 
 
@@ -67,10 +69,10 @@ def local_session(cpus: int) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def _joined_session(address: str) -> Iterator[Session]:
+def _joined_session(address: str, gpus: int) -> Iterator[Session]:
     check_address(address)
     try:
-        yield from _connected(None, address=address)
+        yield from _connected(None, gpus=gpus, address=address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"cannot join the cluster: {first_line}"
@@ -78,16 +80,34 @@ def _joined_session(address: str) -> Iterator[Session]:
         raise SettingError(message, field="--address", value=address, remedy=remedy) from error
 
 
-def _connected(scratch_path: str | None, **options: Any) -> Iterator[Session]:
+def _connected(scratch_path: str | None, *, gpus: int = 0, **options: Any) -> Iterator[Session]:
     import ray
 
     # Ray prints deaths of workers to our stdout, which belongs to the film's path or the events.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         _init_patiently(namespace=NAMESPACE, log_to_driver=False, logging_level="CRITICAL", **options)
         try:
-            yield Session(dict(ray.cluster_resources()), scratch_path)
+            yield Session(wait_for_gpus(gpus, ray.cluster_resources), scratch_path)
         finally:
             ray.shutdown()
+
+
+def wait_for_gpus(
+    gpus: int,
+    look: Callable[[], dict[str, float]],
+    *,
+    limit_s: float = NODES_LIMIT_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, float]:
+    """The cluster's resources, once they hold `gpus` GPUs or the time is over.
+
+    The nodes of a new cluster come one after another, minutes apart, and a render counts its workers once.
+    """
+    waited_s = 0.0
+    while (resources := dict(look())).get("GPU", 0.0) < gpus and waited_s < limit_s:
+        sleep(NODES_LOOK_S)
+        waited_s += NODES_LOOK_S
+    return resources
 
 
 def _init_patiently(**options: Any) -> None:

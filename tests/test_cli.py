@@ -40,7 +40,7 @@ def write(content: object, path: Path = Path("film.yaml")) -> str:
 
 
 LIGHT = [
-    "--help", "plan film.yaml", "schema",
+    "--help", "plan film.yaml", "schema", "manifest kuberay --gpus 8", "manifest dockerfile",
     *(f"{name} film.yaml" for name in ("status", "verify", "logs", "pause", "cancel", "retry", "gc", "lock")),
 ]  # fmt: skip
 

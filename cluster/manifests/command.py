@@ -1,0 +1,60 @@
+"""`longtake manifest`: print one of the files that a deployment starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.manifests.description import TOKEN_PATH, Description, to_yaml
+from cluster.manifests.dockerfile import Flavour, dockerfile
+from cluster.manifests.kubernetes import ray_cluster, ray_job
+from cluster.manifests.machines import LOCAL_TOKEN_FOLDER, Cloud, ray_up
+from cluster.manifests.skypilot import sky_task
+
+
+def print_kuberay(description: Description) -> int:
+    """A RayCluster for a farm of renders."""
+    heading = f"A farm for up to {description.gpus} GPUs, for KubeRay 1.6 or later.\n{_secret(description)}"
+    print(to_yaml(ray_cluster(description), heading), end="")
+    return 0
+
+
+def print_rayjob(description: Description, film: Path) -> int:
+    """A RayJob that renders one storyboard. Raises SpecError, SettingError."""
+    heading = f"One render on {description.gpus} GPUs, for KubeRay 1.6 or later.\n{_secret(description)}"
+    print(to_yaml(ray_job(description, film), heading), end="")
+    return 0
+
+
+def print_ray_up(description: Description, cloud: Cloud) -> int:
+    """What `ray up` takes."""
+    folder = LOCAL_TOKEN_FOLDER.format(name=description.name)
+    heading = (
+        f"Start: ray up FILE. Before that the token has to be in {folder}/auth_token, readable by you alone:\n"
+        f"(umask 077; mkdir -p {folder}; openssl rand -hex 32 > {folder}/auth_token)"
+    )
+    print(to_yaml([ray_up(description, cloud)], heading), end="")
+    return 0
+
+
+def print_skypilot(description: Description, film: Path) -> int:
+    """A SkyPilot task that renders one storyboard."""
+    heading = (
+        'Start: RAY_AUTH_TOKEN="$(openssl rand -hex 32)" sky jobs launch FILE --secret RAY_AUTH_TOKEN\n'
+        "The token is one run's own and need not be kept."
+    )
+    print(to_yaml([sky_task(description, film)], heading), end="")
+    return 0
+
+
+def print_dockerfile(flavour: Flavour) -> int:
+    """The image's Dockerfile."""
+    print(dockerfile(flavour), end="")
+    return 0
+
+
+def _secret(description: Description) -> str:
+    return (
+        f"The secret {description.secret} has to exist, with the key {Path(TOKEN_PATH).name}:\n"
+        f"kubectl create secret generic {description.secret} "
+        f'--from-literal={Path(TOKEN_PATH).name}="$(openssl rand -hex 32)"'
+    )

@@ -1,0 +1,143 @@
+"""Cloud machines by Ray's own launcher: the YAML of `ray up` for AWS and GCP.
+
+Spot nodes are thrown away rather than stopped, and the dashboard listens on the head's loopback alone:
+`ray dashboard` and `ray submit` reach it through SSH.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from cluster.manifests.description import (
+    CACHE_FOLDER,
+    DASHBOARD_PORT,
+    MARKET_TYPE,
+    OBJECT_PORT,
+    RAY_PORT,
+    SPOT,
+    STABLE,
+    TOKEN_FOLDER,
+    TOKEN_PATH,
+    Description,
+    cloud_machines,
+    needed,
+    plan_groups,
+)
+from cluster.manifests.hardware import HEAD_MACHINES
+
+Cloud = Literal["aws", "gcp"]
+IDLE_MINUTES = 5
+DISK_GB = 500
+"""A role's weights in bf16 are 27 GB, the image about 10 GB; the rest is for what is being encoded."""
+LOCAL_TOKEN_FOLDER = "~/.longtake/{name}"
+_GCP_IMAGE = "projects/deeplearning-platform-release/global/images/family/common-cu128-ubuntu-2204-nvidia-570"
+_START = "ulimit -n 65536; ray start"
+
+
+def ray_up(description: Description, cloud: Cloud) -> dict[str, Any]:
+    """The configuration that `ray up` takes. Raises SettingError."""
+    machines = cloud_machines(description, cloud)
+    groups = plan_groups(description, tuple(machines))
+    node = _aws_node if cloud == "aws" else _gcp_node
+    hardware = description.hardware
+    types: dict[str, Any] = {
+        "head": {
+            "resources": {"CPU": 0},
+            "labels": {MARKET_TYPE: STABLE},
+            "min_workers": 0,
+            "max_workers": 0,
+            "node_config": node(HEAD_MACHINES[cloud], market=STABLE, gpus=0),
+        }
+    }
+    for name, market, nodes in groups.each():
+        cpus = hardware.cpus_per_gpu * groups.gpus_per_node
+        types[name] = {
+            "resources": {"CPU": cpus, "GPU": groups.gpus_per_node},
+            "labels": {MARKET_TYPE: market},
+            "min_workers": 0,
+            "max_workers": nodes,
+            "node_config": node(machines[groups.gpus_per_node], market=market, gpus=groups.gpus_per_node),
+        }
+    return {
+        "cluster_name": description.name,
+        "provider": _provider(description, cloud),
+        "auth": {"ssh_user": "ubuntu"},
+        "max_workers": groups.stable_nodes + groups.spot_nodes,
+        "upscaling_speed": float(max(1, groups.stable_nodes + groups.spot_nodes)),
+        "idle_timeout_minutes": IDLE_MINUTES,
+        "docker": _docker(description),
+        "file_mounts": {TOKEN_FOLDER: LOCAL_TOKEN_FOLDER.format(name=description.name)},
+        "head_node_type": "head",
+        "available_node_types": types,
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [
+            "ray stop",
+            f"{_START} --head --port={RAY_PORT} --object-manager-port={OBJECT_PORT} --num-cpus=0 "
+            f"--dashboard-host=127.0.0.1 --dashboard-port={DASHBOARD_PORT} "
+            "--autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": [
+            "ray stop",
+            f"{_START} --address=$RAY_HEAD_IP:{RAY_PORT} --object-manager-port={OBJECT_PORT}",
+        ],
+    }
+
+
+def _provider(description: Description, cloud: Cloud) -> dict[str, Any]:
+    if cloud == "aws":
+        return {"type": "aws", "region": description.region or "us-west-2", "cache_stopped_nodes": False}
+    region = description.region or "us-central1"
+    project = needed(description.project, "--project", "the id of the Google Cloud project")
+    return {"type": "gcp", "region": region, "availability_zone": f"{region}-a", "project_id": project}
+
+
+def _docker(description: Description) -> dict[str, Any]:
+    """Everything runs in the image. Ray adds the GPUs and the shared memory by itself."""
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": TOKEN_PATH,
+        "RAY_enable_autoscaler_v2": "1",
+        "XDG_CACHE_HOME": CACHE_FOLDER,
+    }
+    options = [f"-e {name}={value}" for name, value in environment.items()]
+    return {
+        "image": description.image,
+        "container_name": "longtake",
+        "pull_before_run": True,
+        "run_options": ["--ulimit nofile=65536:65536", *options],
+    }
+
+
+def _aws_node(machine: str, *, market: str, gpus: int) -> dict[str, Any]:
+    """What EC2's RunInstances is asked for. Ray fills in image, network, key and security group."""
+    disk = {"VolumeSize": DISK_GB if gpus else 100, "VolumeType": "gp3"}
+    node: dict[str, Any] = {
+        "InstanceType": machine,
+        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
+        # Containers are one hop further from the metadata service, and credentials come from there.
+        "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 2},
+    }
+    if market == SPOT:
+        node["InstanceMarketOptions"] = {
+            "MarketType": "spot",
+            "SpotOptions": {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"},
+        }
+    return node
+
+
+def _gcp_node(machine: str, *, market: str, gpus: int) -> dict[str, Any]:
+    """What Compute Engine's instances.insert is asked for. Ray fills in network, key and service account."""
+    scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE" if gpus else "MIGRATE"}
+    if market == SPOT:
+        scheduling |= {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE", "automaticRestart": False}
+    disk = {"sourceImage": _GCP_IMAGE, "diskSizeGb": DISK_GB if gpus else 100}
+    node: dict[str, Any] = {
+        "machineType": machine,
+        "disks": [{"boot": True, "autoDelete": True, "type": "PERSISTENT", "initializeParams": disk}],
+        "scheduling": scheduling,
+    }
+    if gpus:
+        node["metadata"] = {"items": [{"key": "install-nvidia-driver", "value": "True"}]}
+    return node

@@ -1,0 +1,389 @@
+"""What `longtake manifest` prints: accepted by those who read it, and safe."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from cluster.cli import _parser, main
+from cluster.manifests import description as shared
+from cluster.session import wait_for_gpus
+from pipeline.crew import SAVE_S
+from tests.kubernetes_shapes import RayCluster, RayJob, check_object
+
+ROOT = Path(__file__).resolve().parent.parent
+STORE = ["--store", "s3://films/one"]
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> str:
+    path = tmp_path / "film.yaml"
+    path.write_text("title: One\nshots:\n  - {id: a, duration: 2s, prompt: a red circle}\n")
+    return str(path)
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `longtake manifest ...` and give its YAML documents."""
+
+    def run(*arguments: str) -> list[Any]:
+        assert main(["manifest", *arguments]) == 0
+        return list(yaml.safe_load_all(capsys.readouterr().out))
+
+    return run
+
+
+# Kubernetes
+
+
+@pytest.mark.parametrize("flags", [[], ["--queue", "films", "--priority-class", "night"], ["--weights", "longcat"]])
+@pytest.mark.parametrize("gpus", [["--gpus", "1"], ["--gpus", "64", "--gpus-per-node", "8"]])
+def test_a_ray_cluster_is_what_kuberay_takes(show: Any, gpus: list[str], flags: list[str]) -> None:
+    [cluster] = show("kuberay", *gpus, *flags)
+    checked = RayCluster.model_validate(cluster)
+    assert checked.spec.enableInTreeAutoscaling
+    assert all(group.minReplicas == 0 for group in checked.spec.workerGroupSpecs), "idle means no workers"
+
+
+def test_a_ray_job_is_what_kuberay_takes_and_its_storyboard_is_beside_it(show: Any, film: str) -> None:
+    config, job = show("rayjob", film, "--gpus", "16", "--gpus-per-node", "8", "--queue", "films", *STORE)
+    checked = RayJob.model_validate(job)
+    assert not checked.spec.rayClusterSpec.enableInTreeAutoscaling, "Kueue admits one size"
+    assert checked.spec.backoffLimit > 0
+    assert checked.metadata.labels["kueue.x-k8s.io/queue-name"] == "films"
+    check_object(config, "V1ConfigMap")
+    pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    [volume] = [volume for volume in pod["volumes"] if "configMap" in volume]
+    assert volume["configMap"]["name"] == config["metadata"]["name"]
+    [mount] = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == volume["name"]]
+    [file] = config["data"]
+    options = _parser().parse_args(shlex.split(job["spec"]["entrypoint"])[1:])
+    assert str(options.storyboard) == f"{mount['mountPath']}/{file}"
+    assert config["data"][file] == Path(film).read_text()
+
+
+def test_a_render_as_a_job_waits_for_all_its_gpus_and_keeps_its_state_outside(show: Any, film: str) -> None:
+    job = show("rayjob", film, "--gpus", "16", "--gpus-per-node", "8", *STORE)[-1]
+    options = _parser().parse_args(shlex.split(job["spec"]["entrypoint"])[1:])
+    assert (options.device, options.workers, options.store) == ("cuda", 16, "s3://films/one")
+    counts, waits = iter([0.0, 8.0, 16.0, 99.0]), []
+    resources = wait_for_gpus(16, lambda: {"GPU": next(counts)}, sleep=waits.append)
+    assert resources == {"GPU": 16.0} and len(waits) == 2
+
+
+def test_waiting_for_gpus_ends(show: Any) -> None:
+    waits: list[float] = []
+    assert wait_for_gpus(2, lambda: {"CPU": 4.0}, limit_s=60.0, sleep=waits.append) == {"CPU": 4.0}
+    assert sum(waits) == 60.0
+
+
+@pytest.mark.parametrize("format_", ["kuberay", "rayjob"])
+def test_the_head_computes_nothing_and_stays_off_spot_nodes(show: Any, film: str, format_: str) -> None:
+    spec, _ = _cluster(show, film, format_)
+    head = spec["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert head["labels"] == {"ray.io/market-type": "on-demand"}
+    assert _spot_terms(head) == [("cloud.google.com/gke-spot", "NotIn")]
+
+
+@pytest.mark.parametrize("format_", ["kuberay", "rayjob"])
+def test_workers_say_whether_they_can_be_taken_away(show: Any, film: str, format_: str) -> None:
+    _, groups = _cluster(show, film, format_)
+    assert {name: group["labels"]["ray.io/market-type"] for name, group in groups.items()} == {
+        "stable": "on-demand",
+        "spot": "spot",
+    }
+    assert ("cloud.google.com/gke-spot", "NotIn") in _spot_terms(groups["stable"])
+    assert ("cloud.google.com/gke-spot", "In") in _spot_terms(groups["spot"])
+    assert [group["maxReplicas"] for group in groups.values()] == [1, 3]
+
+
+def test_a_worker_that_has_to_go_has_longer_than_saving_takes(show: Any, film: str) -> None:
+    from ray.scripts.scripts import drain_node
+
+    _, groups = _cluster(show, film, "kuberay")
+    for group in groups.values():
+        pod = group["template"]["spec"]
+        command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        drain, sleep = command[-1].split(" && ")
+        given = drain_node.make_context("drain-node", shlex.split(drain)[2:]).params
+        assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+        assert 3 * SAVE_S < given["deadline_remaining_seconds"] <= int(sleep.split()[1])
+        assert int(sleep.split()[1]) < pod["terminationGracePeriodSeconds"]
+
+
+def test_pods_can_read_the_token_they_are_given(show: Any, film: str) -> None:
+    spec, groups = _cluster(show, film, "kuberay")
+    for group in (spec["headGroupSpec"], *groups.values()):
+        pod = group["template"]["spec"]
+        [volume] = [volume for volume in pod["volumes"] if "secret" in volume]
+        assert volume["secret"] == {"secretName": spec["authOptions"]["secretName"], "defaultMode": 0o440}
+        assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+        [mount] = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == volume["name"]]
+        values = {row["name"]: row["value"] for row in pod["containers"][0]["env"]}
+        assert values["RAY_AUTH_MODE"] == "token"
+        assert values["RAY_AUTH_TOKEN_PATH"] == f"{mount['mountPath']}/auth_token"
+
+
+def _cluster(show: Any, film: str, format_: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    sizes = ["--gpus", "32", "--gpus-per-node", "8"]
+    if format_ == "kuberay":
+        spec = show("kuberay", *sizes)[0]["spec"]
+    else:
+        spec = show("rayjob", film, *sizes, *STORE)[-1]["spec"]["rayClusterSpec"]
+    return spec, {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+
+
+def _spot_terms(group: dict[str, Any]) -> list[tuple[str, str]]:
+    affinity = group["template"]["spec"]["affinity"]["nodeAffinity"]
+    [selector] = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    return [(term["key"], term["operator"]) for term in selector["matchExpressions"] if "spot" in term["key"]]
+
+
+# ray up
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+@pytest.mark.parametrize("gpu_type", ["h200", "h100", "a100-80gb", "l4"])
+def test_ray_takes_the_configuration_of_machines(show: Any, cloud: str, gpu_type: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    [config] = show(f"ray-up-{cloud}", "--gpus", "16", "--gpu-type", gpu_type, *_project(cloud))
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    types = prepared["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert sum(t["resources"].get("GPU", 0) * t["max_workers"] for t in types.values()) == 16
+    markets = {name: kind["labels"]["ray.io/market-type"] for name, kind in types.items()}
+    assert markets == {"head": "on-demand", "stable": "on-demand", "spot": "spot"}
+
+
+def test_ec2_takes_every_node(show: Any) -> None:
+    from botocore.session import Session
+    from botocore.validate import ParamValidator
+
+    shape = Session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    [config] = show("ray-up-aws", "--gpus", "16", "--gpu-type", "h100", "--gpus-per-node", "8")
+    for name, kind in config["available_node_types"].items():
+        report = ParamValidator().validate({**kind["node_config"], "MinCount": 1, "MaxCount": 1}, shape)
+        assert not report.has_errors(), f"{name}: {report.generate_report()}"
+    types = config["available_node_types"]
+    assert [name for name in types if "InstanceMarketOptions" in types[name]["node_config"]] == ["spot"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class GcpDiskParams(Strict):
+    sourceImage: str
+    diskSizeGb: int
+
+
+class GcpDisk(Strict):
+    boot: bool
+    autoDelete: bool
+    type: Literal["PERSISTENT", "SCRATCH"]
+    initializeParams: GcpDiskParams
+
+
+class GcpScheduling(Strict):
+    onHostMaintenance: Literal["MIGRATE", "TERMINATE"]
+    provisioningModel: Literal["SPOT", "STANDARD"] = "STANDARD"
+    instanceTerminationAction: Literal["DELETE", "STOP"] | None = None
+    automaticRestart: bool = True
+
+
+class GcpNode(Strict):
+    """The fields of Compute Engine's instances.insert that are used."""
+
+    machineType: str
+    disks: list[GcpDisk]
+    scheduling: GcpScheduling
+    metadata: dict[Literal["items"], list[dict[Literal["key", "value"], str]]] = {}
+
+
+def test_compute_engine_takes_every_node(show: Any) -> None:
+    [config] = show("ray-up-gcp", "--gpus", "16", "--project", "films-12345")
+    nodes = {name: GcpNode.model_validate(t["node_config"]) for name, t in config["available_node_types"].items()}
+    assert {name for name, node in nodes.items() if node.scheduling.provisioningModel == "SPOT"} == {"spot"}
+    for name, node in nodes.items():
+        if name != "head":
+            assert node.scheduling.onHostMaintenance == "TERMINATE", "machines with GPUs cannot be moved"
+    assert nodes["spot"].scheduling.automaticRestart is False, "refused for spot machines otherwise"
+
+
+def test_machines_read_the_token_from_a_file_and_show_no_dashboard(show: Any) -> None:
+    [config] = show("ray-up-aws", "--gpus", "8")
+    flags = [option.removeprefix("-e ") for option in config["docker"]["run_options"] if option.startswith("-e ")]
+    options = dict(flag.split("=", 1) for flag in flags)
+    assert options["RAY_AUTH_MODE"] == "token"
+    assert str(Path(options["RAY_AUTH_TOKEN_PATH"]).parent) in config["file_mounts"]
+    head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in head and "--num-cpus=0" in head
+    assert "dashboard-host" not in worker
+    assert options["RAY_enable_autoscaler_v2"] == "1", "only that one starts nodes for a label"
+
+
+@pytest.mark.parametrize("command", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_ray_knows_the_flags_it_is_started_with(show: Any, command: str) -> None:
+    from ray.scripts.scripts import start
+
+    [config] = show("ray-up-aws", "--gpus", "8")
+    words = shlex.split(config[command][-1].rpartition("; ray start ")[2])
+    start.make_context("start", words)
+
+
+# SkyPilot
+
+
+class SkyResources(Strict):
+    accelerators: dict[str, int]
+    use_spot: bool
+    image_id: str
+    disk_size: int
+    job_recovery: dict[Literal["max_restarts_on_errors", "recover_on_exit_codes"], int | list[int]]
+
+
+class SkyTask(Strict):
+    """The fields of a SkyPilot task that are used."""
+
+    name: str
+    num_nodes: int
+    resources: SkyResources
+    envs: dict[str, str]
+    secrets: dict[str, None]
+    """No value: it is given on the command line."""
+    file_mounts: dict[str, str]
+    run: str
+
+
+def test_a_skypilot_task_is_one_render_that_recovers(show: Any, film: str) -> None:
+    [task] = show("skypilot", film, "--gpus", "16", "--gpus-per-node", "8", *STORE)
+    checked = SkyTask.model_validate(task)
+    assert (checked.num_nodes, checked.resources.accelerators) == (2, {"H200": 8})
+    assert checked.resources.job_recovery["recover_on_exit_codes"] == [75, 130]
+    [line] = [line for line in checked.run.splitlines() if "longtake render" in line]
+    options = _parser().parse_args(shlex.split(line)[1:])
+    assert str(options.storyboard) in checked.file_mounts
+
+
+FAKE_RAY = """#!/bin/bash
+echo "ray $*" >> "$CALLS"
+[[ "$*" == *--block* && "$*" == *--head* ]] && exec sleep 60
+[[ "$*" == *--block* ]] && exit 1
+exit 0
+"""
+
+
+@pytest.mark.parametrize(("rank", "code"), [(0, 0), (0, 4), (0, 75), (1, 0)])
+def test_the_task_ends_as_its_render_does_on_every_node(
+    show: Any, film: str, tmp_path: Path, rank: int, code: int
+) -> None:
+    [task] = show("skypilot", film, "--gpus", "2", "--gpus-per-node", "1", *STORE)
+    for name, text in (("ray", FAKE_RAY), ("longtake", f'#!/bin/bash\necho "longtake $*" >> "$CALLS"\nexit {code}\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "calls").touch()
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"),
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": str(rank),
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-c", task["run"]], env=environment, timeout=30, check=False)
+    assert done.returncode == code
+    calls = (tmp_path / "calls").read_text()
+    assert ("longtake render" in calls) == (rank == 0)
+    assert rank == 0 or "--address=10.0.0.1:6379" in calls
+
+
+# The image
+
+
+@pytest.mark.parametrize("flags", [[], ["--cpu"]])
+def test_the_image_holds_every_room_and_runs_as_nobody_special(
+    capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert main(["manifest", "dockerfile", *flags]) == 0
+    text = capsys.readouterr().out.replace("\\\n", "")
+    words = [line.split() for line in text.splitlines()]
+    assert {line[0] for line in words} <= {"FROM", "RUN", "USER", "COPY", "WORKDIR", "ENV", "CMD"}
+    copied = [source for line in words if line[0] == "COPY" for source in line[1:-1]]
+    assert all((ROOT / source).exists() for source in copied)
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(wheel["packages"]) <= set(copied)
+    assert [line[1] for line in words if line[0] == "USER"] == [str(shared.USER_ID)]
+    assert ("whl/cpu" in text) == bool(flags)
+
+
+# All of them
+
+
+def _project(cloud: str) -> list[str]:
+    return ["--project", "films-12345"] if cloud == "gcp" else []
+
+
+def test_no_manifest_holds_a_secret(
+    film: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("hunter2hunter2")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2hunter2")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+    for arguments in (
+        ["kuberay", "--gpus", "8"], ["rayjob", film, "--gpus", "8", *STORE], ["ray-up-aws", "--gpus", "8"],
+        ["ray-up-gcp", "--gpus", "8", *_project("gcp")], ["skypilot", film, "--gpus", "8", *STORE], ["dockerfile"],
+    ):  # fmt: skip
+        assert main(["manifest", *arguments]) == 0
+        text = re.sub(r"(?m)^#.*$", "", capsys.readouterr().out)
+        assert "hunter2" not in text
+        assert not re.search(r"RAY_AUTH_TOKEN(=|: *)(?!null)\S", text), "a value for the token"
+        assert "runtime_env" not in text and "runtimeEnv" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kuberay", "--gpus", "0"], ["--gpus", "0"]),
+        (["kuberay", "--gpus", "8", "--name", "../../evil"], ["--name", "../../evil"]),
+        (["kuberay", "--gpus", "8", "--image", "a b"], ["--image", "a b"]),
+        (["kuberay", "--gpus", "8", "--spot-label", "spot"], ["--spot-label", "KEY=VALUE"]),
+        (["kuberay", "--gpus", "12", "--gpus-per-node", "8"], ["--gpus", "12", "multiple of the 8"]),
+        (["kuberay", "--gpus", "8", "--stable-gpus", "9"], ["--stable-gpus", "9"]),
+        (["kuberay", "--gpus", "8", "--priority-class", "night"], ["--priority-class", "--queue"]),
+        (["ray-up-aws", "--gpus", "8", "--gpus-per-node", "2"], ["--gpus-per-node", "2", "8"]),
+        (["ray-up-gcp", "--gpus", "8", "--gpu-type", "a10g", "--project", "films-12345"], ["--gpu-type", "gcp"]),
+        (["ray-up-gcp", "--gpus", "8", "--project", "-rf"], ["--project"]),
+        (["rayjob", "FILM", "--gpus", "8", "--store", "renders/one"], ["--store", "renders/one", "s3://"]),
+        (["rayjob", "no.yaml", "--gpus", "8", "--store", "s3://b/f"], ["no.yaml"]),
+    ],
+)
+def test_what_no_cluster_can_be_is_refused_with_its_flag(
+    film: str, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    try:
+        code = main(["manifest", *(film if word == "FILM" else word for word in arguments)])
+    except SystemExit as stopped:
+        code = int(str(stopped.code))
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    assert all(word in captured.err for word in words), captured.err
+
+
+@pytest.mark.parametrize("format_", ["rayjob", "skypilot"])
+def test_a_storyboard_that_names_a_file_of_this_machine_is_refused(
+    film: str, capsys: pytest.CaptureFixture[str], format_: str
+) -> None:
+    Path(film).write_text("shots:\n  - {duration: 2s, prompt: a circle, image: start.png}\n")
+    assert main(["manifest", format_, film, "--gpus", "8", *STORE]) == 2
+    assert "start.png" in capsys.readouterr().err
+    Path(film).write_text("shots:\n  - {duration: 2s, prompt: a circle, image: /weights/start.png}\n")
+    assert main(["manifest", format_, film, "--gpus", "8", *STORE]) == 0
