@@ -1,0 +1,299 @@
+"""What should a segment hand to the next one so that five minutes do not drift? Chains of the few-step weights.
+
+    python -m tests.studies.handoff --films 5 --minutes 5
+
+Prints the table of docs/handoff.md; can be stopped and started again. No Ray: network, autoencoder, sampler, noise
+and metrics are the renderer's own, only the ways of handing on live here.
+
+The autoencoder runs in fp32 whatever the network's type, since its round trip is what is measured.
+
+Legend: video [1,3,n,h,w] in [-1,1]; frames uint8 [n,h,w,3]; latents [1,16,T,H,W].
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.probe import find_checkpoint
+from model.evaluate import LAST_S, MEASURES, PIECE_S, Wanted
+from model.generate import Models
+from model.judge import look
+from model.noise import draw_noise
+from model.pixels import frames_to_video, video_to_frames
+from model.sampling import TextCondition, denoise
+from pipeline.measure import REFERENCE_S
+from pipeline.params import noise_seeds
+from tests.studies.films import (
+    DTYPES,
+    Result,
+    Studio,
+    cached,
+    drift_of,
+    films,
+    markdown,
+    mean_of,
+    measure,
+    open_studio,
+    results_folder,
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A segment that is done: its latents, its decoded video, and the colours of the shot's first seconds."""
+
+    latents: Tensor
+    video: Tensor
+    colours: Colours
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Mean and spread [3] of L*, a*, b*."""
+
+    mean: np.ndarray
+    spread: np.ndarray
+
+
+def colours_of(video: Tensor) -> Colours:
+    lab = _to_lab(video)
+    return Colours(lab.mean(axis=(0, 1, 2)), lab.std(axis=(0, 1, 2)))
+
+
+def _to_lab(video: Tensor) -> np.ndarray:
+    """CIELAB [n,h,w,3] of a video."""
+    rgb = ((video[0].permute(1, 2, 3, 0) + 1) / 2).contiguous().numpy()
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2LAB) for frame in rgb])
+
+
+def pull_colours(video: Tensor, towards: Colours, strength: float) -> Tensor:
+    """The video with the mean and spread of L*, a*, b* over all its pixels moved towards others; strength 0..1.
+
+    OpenCV's way to Lab and back is not exact; only the difference that the move makes is added.
+    """
+    lab, own = _to_lab(video), colours_of(video)
+    scale = 1 + strength * (towards.spread / np.maximum(own.spread, 1e-3) - 1)
+    shift = own.mean + strength * (towards.mean - own.mean)
+    moved = _from_lab((lab - own.mean) * scale + shift) - _from_lab(lab)
+    return (video + moved).clamp(-1, 1)
+
+
+def _from_lab(lab: np.ndarray) -> Tensor:
+    """The video of CIELAB [n,h,w,3]."""
+    rgb = np.stack([cv2.cvtColor(frame.astype(np.float32), cv2.COLOR_LAB2RGB) for frame in lab])
+    return torch.from_numpy(rgb * 2 - 1).permute(3, 0, 1, 2)[None]
+
+
+# ------------------------------------------------------------------------------------------------------ the variants
+
+HandOff = Callable[[Models, Ended, int], Tensor]
+"""The condition latents of the next segment, from the last `count` frames of the one that ended."""
+
+
+def truncated(models: Models, ended: Ended, count: int) -> Tensor:
+    """Levels of 8 bits cut off, as the official code does."""
+    return _encoded(models, truncate(ended.video[:, :, -count:]))
+
+
+def truncate(video: Tensor) -> Tensor:
+    """The video in 8 bits, each level cut off instead of rounded."""
+    levels = ((video + 1) / 2 * 255).to(torch.uint8)
+    return levels.float() / 127.5 - 1
+
+
+def pixels(models: Models, ended: Ended, count: int) -> Tensor:
+    """Levels of 8 bits, rounded."""
+    return _encoded(models, frames_to_video(video_to_frames(ended.video[:, :, -count:])))
+
+
+def floats(models: Models, ended: Ended, count: int) -> Tensor:
+    """The decoder's numbers as they are."""
+    return _encoded(models, ended.video[:, :, -count:])
+
+
+def latents(models: Models, ended: Ended, count: int) -> Tensor:
+    """The last latents as they are; only the first one, which holds a single frame, is made from pixels."""
+    single = frames_to_video(video_to_frames(ended.video[:, :, -count : ended.video.shape[2] - count + 1]))
+    kept = (count - 1) // models.vae.temporal_factor
+    return torch.cat([_encoded(models, single), ended.latents[:, :, -kept:]], dim=2)
+
+
+def anchored(models: Models, ended: Ended, count: int, strength: float) -> Tensor:
+    """As `pixels`, the colours pulled towards those of the shot's first seconds before they are rounded."""
+    pulled = pull_colours(ended.video[:, :, -count:], ended.colours, strength)
+    return _encoded(models, frames_to_video(video_to_frames(pulled)))
+
+
+def _encoded(models: Models, video: Tensor) -> Tensor:
+    with torch.no_grad():
+        return models.vae.encode(video).float()
+
+
+VARIANTS: dict[str, HandOff] = {
+    "truncated": truncated,
+    "pixels": pixels,
+    "float": floats,
+    "latents": latents,
+    "anchor 0.25": functools.partial(anchored, strength=0.25),
+    "anchor 1": functools.partial(anchored, strength=1.0),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- the study
+
+
+def chain(studio: Studio, models: Models, prompt: str, name: str, frames: int, hand_on: HandOff) -> Iterator[Tensor]:
+    """The frames uint8 of a chain, segment by segment, `frames` in all; the same noise whatever is handed on."""
+    condition, count = studio.condition(prompt), studio.grid.condition_frames
+    ended: Ended | None = None
+    index = 0
+    while frames > 0:
+        given = None if ended is None else hand_on(models, ended, count)
+        x = _segment(studio, models, condition, name, index, given)
+        video = decode(models, x)
+        reference = video[:, :, : round(REFERENCE_S * studio.facts.stage_one_fps)]
+        ended = Ended(x, video, colours_of(reference) if ended is None else ended.colours)
+        new = video_to_frames(video)[count if index else 0 :][:frames]
+        yield new
+        frames, index = frames - len(new), index + 1
+
+
+def _segment(
+    studio: Studio, models: Models, condition: TextCondition, name: str, index: int, given: Tensor | None
+) -> Tensor:
+    """Latents [1,16,T,H,W] of one segment that begins with the latents `given`."""
+    grid = studio.grid
+    seeds = noise_seeds(
+        {
+            "seed": 0,
+            "noise_id": name,
+            "stage": "one",
+            "first_latent": index * grid.new_latents,
+            "count": grid.segment_latents,
+            "redo": 0,
+        }
+    )
+    x = draw_noise(seeds, studio.facts.latent_channels, *studio.latent_px(studio.stage_one_px))
+    known = 0 if given is None else given.shape[2]
+    if given is not None:
+        x[:, :, :known] = given
+    return denoise(models.dit, x, studio.chain_schedule, condition, guidance=1.0, num_cond_latents=known)
+
+
+def decode(models: Models, x: Tensor) -> Tensor:
+    """The video of latents, before it is rounded to 8 bits."""
+    with torch.no_grad():
+        return models.vae.decode(x)
+
+
+def measured(studio: Studio, models: Models, wanted: Wanted, name: str, frames: int, variant: str) -> Result:
+    """Render a chain and measure it; `right` are the shares of six-second pieces of the last 30 s that show what the
+    prompt says."""
+    started_s, grid, fps = time.process_time(), studio.grid, studio.facts.stage_one_fps
+    last: list[Tensor] = []
+
+    def watched() -> Iterator[Tensor]:
+        for new in chain(studio, models, wanted.prompt, name, frames, VARIANTS[variant]):
+            last.append(new)
+            while sum(len(part) for part in last[1:]) >= LAST_S * fps:
+                last.pop(0)
+            yield new
+
+    seams = list(range(grid.segment_frames, frames, grid.new_frames))
+    around = [slice(seam - 1, seam + 2) for seam in seams]
+    result = measure(watched(), fps, seams, seams, around)
+    end = torch.cat(last)[-round(LAST_S * fps) :]
+    return {"cpu_s": round(time.process_time() - started_s, 1), "right": _right(wanted, end, fps), **result}
+
+
+def _right(wanted: Wanted, frames: Tensor, fps: int) -> dict[str, float]:
+    seen = look(frames.numpy(), fps)
+    pieces = max(1, round(len(frames) / (PIECE_S * fps)))
+    bounds = np.linspace(0, len(frames), pieces + 1).round().astype(int).tolist()
+    verdicts = [wanted.right(seen.verdict(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in MEASURES}
+
+
+def run(studio: Studio, folder: Path, count: int, minutes: float, variants: list[str]) -> dict[str, list[Result]]:
+    """All results, film by film; those in `folder` are not made again."""
+    results: dict[str, list[Result]] = {variant: [] for variant in variants}
+    frames = round(60 * minutes * studio.facts.stage_one_fps)
+
+    @functools.cache
+    def models() -> Models:
+        return studio.load_chain(torch.float32)
+
+    for number, wanted in enumerate(films(count)):
+        for variant in variants:
+            file = folder / f"{minutes:g} minutes" / f"film {number}" / f"{variant}.json"
+            name = f"handoff/{number}"
+            make = functools.partial(_measured_with, models, studio, wanted, name, frames, variant)
+            results[variant].append(cached(file, make))
+            print(f"film {number + 1}/{count} {variant}: {_line(results[variant][-1])}", file=sys.stderr, flush=True)
+    return results
+
+
+def _measured_with(
+    models: Callable[[], Models], studio: Studio, wanted: Wanted, name: str, frames: int, variant: str
+) -> Result:
+    return measured(studio, models(), wanted, name, frames, variant)
+
+
+def _line(result: Result) -> str:
+    drift = ", ".join(f"{name} {result['drift'][name]['change']:.2f}" for name in ("lightness_mean", "colour_distance"))
+    return f"{drift}, {result['cpu_s']} s"
+
+
+def table(results: dict[str, list[Result]]) -> str:
+    """The table of the docs; every interval counts films."""
+    rows = []
+    base = results.get("pixels")
+    for variant, found in results.items():
+        ends = [result["ends"]["lightness_mean"] for result in found]
+        lighter = mean_of([last - first for first, last in ends])
+        against = ""
+        if base is not None and variant != "pixels":
+            name = "colour_distance"
+            pairs = zip(found, base, strict=True)
+            against = str(mean_of([a["drift"][name]["change"] - b["drift"][name]["change"] for a, b in pairs]))
+        seams = [mean_of([s["score"] - s["inside"] for s in result["seams"]]).value for result in found]
+        right = [f"{100 * mean_of([result['right'][name] for result in found]).value:.0f}" for name in MEASURES]
+        names = ("colour_distance", "saturation", "sharpness", "contrast")
+        drift = [str(drift_of(found, name)) for name in names]
+        rows.append([variant, str(lighter), *drift, against, str(mean_of(seams)), " / ".join(right)])
+    header = ["handed on", "L* end - begin", "colour drift", "saturation drift", "sharpness drift", "contrast drift"]
+    header += ["colour drift - pixels", "seam z - inside", "right at the end, %: colour / shape / direction"]
+    return markdown(header, rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run or go on with the study, and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", default="pocket")
+    parser.add_argument("--films", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the transformer")
+    parser.add_argument("--out", type=Path, default=Path("runs/handoff"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    checkpoint = find_checkpoint(options.checkpoint)
+    folder = results_folder(options.out, checkpoint, options.dtype)
+    results = run(open_studio(checkpoint, options.dtype), folder, options.films, options.minutes, options.variants)
+    print(f"{options.films} films of {options.minutes:g} minutes, weights {folder.name}\n\n{table(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The studies' own mechanisms: what each variant hands on, fixes or merges, and that a study goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.generate import Models
+from tests.studies import handoff, refinement
+from tests.studies.films import Studio, cached, films, markdown, mean_of, open_studio
+from tests.studies.handoff import Ended, colours_of, pull_colours
+from tests.studies.refinement import VARIANTS, Refinery
+
+WINDOWS = 3
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_checkpoint: Path) -> Studio:
+    return open_studio(tiny_checkpoint, "fp32")
+
+
+@pytest.fixture(scope="module")
+def refinery(studio: Studio) -> Refinery:
+    frames = studio.grid.segment_frames + (WINDOWS - 1) * studio.grid.new_frames
+    stage_one = torch.randint(0, 256, (frames, *studio.stage_one_px, 3), dtype=torch.uint8)
+    return Refinery(studio, studio.load_refine(), stage_one, "film", WINDOWS)
+
+
+@pytest.fixture(scope="module")
+def chain_models(studio: Studio) -> Models:
+    return studio.load_chain(torch.float32)
+
+
+def overlap(refinery: Refinery, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two neighbouring windows hold of the frames they share."""
+    hop, count = refinery.grid.window_hop_latents, refinery.grid.merge_latents
+    return left[:, :, hop + 1 : hop + 1 + count], right[:, :, 1 : 1 + count]
+
+
+@pytest.mark.parametrize("variant", ["chained", "shared, pixels", "anchored", "anchored, both"])
+def test_every_way_shows_each_frame_of_the_film_once(refinery: Refinery, variant: str) -> None:
+    shown = [len(frames[start:stop]) for frames, start, stop in VARIANTS[variant][0](refinery)]
+    seams = list(refinement.seams_of(refinery, variant))
+    assert sum(shown) == (WINDOWS - 1) * refinery.grid.window_hop + refinery.grid.window_reach + 1
+    # A mixed overlap begins earlier than its middle, which is what counts as its seam.
+    expected = [12, 12] if variant == "shared, pixels" else [0, 0]
+    assert [seam - sum(shown[: i + 1]) for i, seam in enumerate(seams)] == expected
+
+
+def test_neighbours_in_lockstep_hold_the_same_where_they_overlap_and_alone_they_do_not(refinery: Refinery) -> None:
+    states = refinery.lockstep()
+    left, right = overlap(refinery, states[0], states[1])
+    assert torch.equal(left, right)
+    alone_left, alone_right = overlap(refinery, refinery.shared(0), refinery.shared(1))
+    assert not torch.allclose(alone_left, alone_right, atol=1e-3)
+    assert not torch.allclose(states[0], refinery.shared(0), atol=1e-3)
+
+
+def test_shared_noise_is_the_same_where_windows_overlap_and_independent_noise_is_not(refinery: Refinery) -> None:
+    assert torch.equal(*overlap(refinery, refinery.noise(0, 0), refinery.noise(1, 0)))
+    own = [refinery.noise(i, 0, own=True) for i in (0, 1)]
+    assert not torch.equal(*overlap(refinery, *own))
+
+
+def test_one_step_after_another_is_what_all_steps_at_once_are(refinery: Refinery) -> None:
+    x = refinery.start(0)
+    for number in range(refinery.schedule.steps):
+        x = refinery.step(x, number)
+    assert torch.allclose(x, refinery.shared(0), atol=1e-5)
+
+
+def test_a_window_between_two_keeps_the_latents_of_its_right_neighbour(refinery: Refinery) -> None:
+    tail = refinery.shared_frames(0)[refinery.tail]
+    _, right = overlap(refinery, refinery.shared(1), refinery.shared(2))
+    front = refinery.grid.window_shape(len(tail)).front_latents
+    held = refinery.between(1, tail, right)[:, :, front:]
+    free = refinery.between(1, tail, None)[:, :, front:]
+    assert torch.equal(*overlap(refinery, held, refinery.shared(2)))
+    assert not torch.allclose(*overlap(refinery, free, refinery.shared(2)), atol=1e-3)
+    # What is held is seen by the rest of the window.
+    assert not torch.allclose(held[:, :, 20:40], free[:, :, 20:40], atol=1e-5)
+
+
+def test_a_window_in_a_chain_begins_with_the_latents_of_the_refined_frames(refinery: Refinery) -> None:
+    tail = refinery.shared_frames(0)[refinery.tail]
+    x, given = refinery.start_after(1, tail)
+    assert given == 8
+    assert torch.equal(refinery.between(1, tail, None)[:, :, :given], x[:, :, :given])
+
+
+# ------------------------------------------------------------------------------------------------------ the hand-off
+
+
+@pytest.fixture(scope="module")
+def ended(studio: Studio, chain_models: Models) -> Ended:
+    x = torch.randn(1, 16, studio.grid.segment_latents, *studio.latent_px(studio.stage_one_px))
+    video = handoff.decode(chain_models, x)
+    return Ended(x, video, colours_of(video[:, :, :45]))
+
+
+def test_truncated_levels_are_darker_by_half_a_level_and_rounded_ones_are_not() -> None:
+    video = torch.linspace(-0.9, 0.9, 4000).view(1, 1, 1, 40, 100).expand(1, 3, 1, 40, 100)
+    darker = (handoff.truncate(video) - video).mean() * 127.5
+    rounded = (handoff.frames_to_video(handoff.video_to_frames(video)) - video).mean() * 127.5
+    assert darker == pytest.approx(-0.5, abs=0.02)
+    assert rounded == pytest.approx(0.0, abs=0.02)
+
+
+def test_latents_are_handed_on_as_they_are_but_for_the_first(ended: Ended, chain_models: Models) -> None:
+    given = handoff.latents(chain_models, ended, 13)
+    assert given.shape[2] == 4
+    assert torch.equal(given[:, :, 1:], ended.latents[:, :, -3:])
+    assert torch.equal(given[:, :, :1], handoff.pixels(chain_models, ended, 13)[:, :, :1])
+
+
+def test_every_hand_off_conditions_the_segment_that_follows(studio: Studio, chain_models: Models) -> None:
+    handed: list[torch.Tensor] = []
+
+    def marked(models: Models, ended: Ended, count: int) -> torch.Tensor:
+        handed.append(torch.full((1, 16, 4, *ended.latents.shape[3:]), 0.25))
+        return handed[-1]
+
+    new = list(handoff.chain(studio, chain_models, "a red circle", "film", 200, marked))
+    plain = list(handoff.chain(studio, chain_models, "a red circle", "film", 200, handoff.pixels))
+    assert [len(frames) for frames in new] == [93, 80, 27]
+    assert len(handed) == 2
+    assert torch.equal(new[0], plain[0])
+    assert not torch.equal(new[1], plain[1])
+
+
+def test_the_anchor_pulls_colours_as_far_as_its_strength_says(ended: Ended) -> None:
+    video = ended.video[:, :, -13:] * 0.3
+    wanted = handoff.Colours(np.array([55.0, 4.0, -3.0]), colours_of(video).spread * 0.9)
+    before = colours_of(video)
+    half, whole = (colours_of(pull_colours(video, wanted, strength)) for strength in (0.5, 1.0))
+    assert torch.allclose(pull_colours(video, wanted, 0.0), video, atol=1e-5)
+    assert whole.mean == pytest.approx(wanted.mean, abs=0.3)
+    assert half.mean == pytest.approx((before.mean + wanted.mean) / 2, abs=0.3)
+    assert whole.spread == pytest.approx(wanted.spread, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------- figures and files
+
+
+def test_a_study_goes_on_where_it_was(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint", str(tiny_checkpoint), "--films", "2", "--minutes", "0.15", "--dtype", "fp32"]
+    command += ["--out", str(tmp_path), "--variants", "pixels", "truncated"]
+    handoff.main(command)
+    first = capsys.readouterr().out
+    files = sorted(tmp_path.rglob("*.json"))
+    assert len(files) == 4
+    stamps = [file.stat().st_mtime_ns for file in files[1:]]
+    files[0].unlink()
+    handoff.main(command)
+    assert capsys.readouterr().out == first
+    assert [file.stat().st_mtime_ns for file in files[1:]] == stamps
+    assert "| truncated |" in first
+
+
+def test_a_result_that_could_not_be_made_leaves_no_file(tmp_path: Path) -> None:
+    def fail() -> dict[str, float]:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        cached(tmp_path / "a" / "b.json", fail)
+    assert cached(tmp_path / "a" / "b.json", lambda: {"x": 1.0}) == {"x": 1.0}
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": 1.0}
+
+
+def test_a_mean_has_the_interval_of_students_t() -> None:
+    mean = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean.value, mean.low) == pytest.approx((3.0, 3.0 - 2.776 * math.sqrt(2.5 / 5)))
+    assert mean_of([1.0]).high == math.inf
+
+
+def test_the_refinement_table_compares_with_the_chained_film_and_with_the_inside() -> None:
+    def result(score: float) -> dict[str, object]:
+        seam = {"score": score, "around": score + 1, "inside": 1.0, "verdict": "unseen"}
+        drift = {name: {"change": 0.5} for name in ("colour_distance", "sharpness")}
+        return {"seams": [seam, {**seam, "score": score + 0.2}], "sharpness": 10.0, "drift": drift}
+
+    text = refinement.table({"chained": [result(1.0)] * 2, "lockstep": [result(1.5)] * 2})
+    chained, lockstep = (line.split(" | ") for line in text.splitlines()[2:])
+    assert chained[4:7] == ["", "", "0.10 [-0.08, 0.28]"]
+    assert lockstep[4] == "0.50 [0.50, 0.50]"
+    assert lockstep[8] == "1.00 [1.00, 1.00]"
+
+
+def test_films_of_a_study_do_not_depend_on_how_many_there_are() -> None:
+    assert [film.prompt for film in films(2)] == [film.prompt for film in films(5)][:2]
+    assert markdown(["a"], [["1"]]) == "| a |\n| --- |\n| 1 |"
