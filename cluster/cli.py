@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.cli_deploy import add_manifest
+from cluster.cli_deploy import add_manifest, add_schedule_commands
 from pipeline.errors import LongtakeError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(commands)
     _add_evaluate(commands)
     add_manifest(commands)
+    add_schedule_commands(commands)
     return parser
 
 

@@ -1,4 +1,6 @@
-"""The commands for deployments: `longtake manifest ...`. Parsers and thin functions, like `cluster.cli`."""
+"""The commands for production: `longtake manifest ...` and `longtake schedule ...`. Like `cluster.cli`, parsers and
+thin functions.
+"""
 
 from __future__ import annotations
 
@@ -107,3 +109,74 @@ def _dockerfile(options: argparse.Namespace) -> int:
     from cluster.manifests.command import print_dockerfile
 
     return print_dockerfile("cpu" if options.cpu else "cuda")
+
+
+def add_schedule_commands(commands: Commands) -> None:
+    """`longtake schedule add|list|remove|run-now|tick`."""
+    parser = commands.add_parser("schedule", help="renders that come again: nightly, weekly, a table's rows")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    adding = actions.add_parser("add", help="put a storyboard on the schedule")
+    adding.add_argument("name", metavar="NAME")
+    adding.add_argument("film", type=Path, metavar="FILM", help="storyboard, with ${date}, ${counter}, ${column} ...")
+    adding.add_argument("--cron", required=True, metavar="'30 2 * * *'", help="minute hour day month weekday")
+    adding.add_argument("--time-zone", required=True, metavar="ZONE", help="such as Europe/Berlin")
+    adding.add_argument(
+        "--overlap", choices=("skip", "queue", "replace"), default="skip",
+        help="a tick while a run is there: skip it, queue behind it, replace it (default: %(default)s)",
+    )  # fmt: skip
+    adding.add_argument("--rows", type=Path, default=None, metavar="TABLE", help=".csv or .parquet: a row for each run")
+    adding.add_argument("--renders", default="renders", metavar="PLACE", help="each run's store is a folder there")
+    _add_schedules_place(adding)
+    adding.set_defaults(command=_schedule_add)
+    listing = actions.add_parser("list", help="all schedules, or the history of one")
+    listing.add_argument("name", nargs="?", default=None, metavar="NAME")
+    listing.add_argument("--json", action="store_true", help="machine-readable output on stdout")
+    _add_schedules_place(listing)
+    listing.set_defaults(command=_schedule_list)
+    for name, command, text, optional in (
+        ("remove", _schedule_remove, "take it off the schedule; its history stays", None),
+        ("run-now", _schedule_run_now, "one run outside the schedule, here", None),
+        ("tick", _schedule_tick, "render what is due, here: for a clock without a farm", "?"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("name", nargs=optional, metavar="NAME")
+        _add_schedules_place(action)
+        action.set_defaults(command=command)
+
+
+def _add_schedules_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--schedules", default="schedules", metavar="PLACE", help="folder or address where schedules are kept"
+    )
+
+
+def _schedule_add(options: argparse.Namespace) -> int:
+    from cluster.schedules import add_schedule
+
+    names = ("cron", "time_zone", "overlap", "rows", "renders")
+    values = {name: getattr(options, name) for name in names}
+    return add_schedule(options.schedules, options.name, options.film, **values)
+
+
+def _schedule_list(options: argparse.Namespace) -> int:
+    from cluster.schedules import print_schedules
+
+    return print_schedules(options.schedules, options.name, as_json=options.json)
+
+
+def _schedule_remove(options: argparse.Namespace) -> int:
+    from cluster.schedules import remove_schedule
+
+    return remove_schedule(options.schedules, options.name)
+
+
+def _schedule_run_now(options: argparse.Namespace) -> int:
+    from cluster.schedules import HereRunner, run_now
+
+    return run_now(options.schedules, options.name, HereRunner())
+
+
+def _schedule_tick(options: argparse.Namespace) -> int:
+    from cluster.schedules import HereRunner, tick
+
+    return tick(options.schedules, options.name, HereRunner())

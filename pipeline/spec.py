@@ -47,6 +47,7 @@ LARGEST_BYTES = 1 << 20
 """A storyboard file above this is refused unread."""
 MOST_VALUES = 200_000
 """Values in a storyboard once its aliases are written out."""
+_NO_STORYBOARD = "Write `title:`, `shots:` and so on; see examples/."
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,26 @@ class Storyboard(_Strict):
 
 def load_spec(path: str | Path) -> Storyboard:
     """The storyboard in a YAML (or JSON) file. Raises StoryboardError."""
+    return parse_spec(_read_text(path), str(path))
+
+
+def load_template(path: str | Path) -> dict[str, Any]:
+    """What a YAML (or JSON) file holds that will be a storyboard once its variables are filled in: JSON-able.
+
+    Raises StoryboardError.
+    """
+    data = _parse_yaml(_read_text(path), str(path))
+    try:
+        json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        remedy = "Write texts that look like dates in quotes."
+        raise StoryboardError(f"holds no plain value: {error}", field=str(path), remedy=remedy) from None
+    if not isinstance(data, dict):
+        raise StoryboardError("holds no storyboard", field=str(path), remedy=_NO_STORYBOARD)
+    return data
+
+
+def _read_text(path: str | Path) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(LARGEST_BYTES + 1)
@@ -264,18 +285,16 @@ def load_spec(path: str | Path) -> Storyboard:
             "is too large for a storyboard", field=str(path), remedy=f"Stay below {LARGEST_BYTES} bytes."
         )
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise StoryboardError("is not UTF-8 text", field=str(path), remedy="Save it as UTF-8.") from error
-    return parse_spec(text, str(path))
 
 
 def parse_spec(text: str, name: str = "storyboard") -> Storyboard:
     """The storyboard in a YAML or JSON text; `name` names it in errors. Raises StoryboardError."""
     data = _parse_yaml(text, name)
     if not isinstance(data, dict):
-        remedy = "Write `title:`, `shots:` and so on; see examples/."
-        raise StoryboardError("holds no storyboard", field=name, remedy=remedy)
+        raise StoryboardError("holds no storyboard", field=name, remedy=_NO_STORYBOARD)
     try:
         spec = Storyboard.model_validate(data)
     except ValidationError as error:

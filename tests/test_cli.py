@@ -41,6 +41,7 @@ def write(content: object, path: Path = Path("film.yaml")) -> str:
 
 LIGHT = [
     "--help", "plan film.yaml", "schema", "manifest kuberay --gpus 8", "manifest dockerfile",
+    "schedule list", "schedule tick",
     *(f"{name} film.yaml" for name in ("status", "verify", "logs", "pause", "cancel", "retry", "gc", "lock")),
 ]  # fmt: skip
 

@@ -1,0 +1,240 @@
+"""`longtake schedule ...`: order renders that come again, look at them, and have what is due rendered.
+
+Runs are rendered in this process, one after another, unless a farm does it (`Runner`). A run that was
+interrupted here goes on with the next `run-now` or `tick`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.render import STOP_CODES, RenderRequest, render
+from pipeline.cron import parse_cron
+from pipeline.errors import Interrupted, LongtakeError, SettingError
+from pipeline.recurring import (
+    Added,
+    Definition,
+    Entry,
+    Overlap,
+    Removed,
+    Run,
+    Skipped,
+    State,
+    check_definition,
+    claim_by_hand,
+)
+from pipeline.rows import read_rows
+from pipeline.schedule_log import ScheduleLog, schedule_ids
+from pipeline.schedule_turn import Runner, RunOutcome, advance
+from pipeline.spec import load_template
+from pipeline.store import Store, open_store
+
+
+class HereRunner:
+    """Renders in this process. What has been submitted has ended."""
+
+    def __init__(self) -> None:
+        self._outcomes: dict[str, RunOutcome] = {}
+
+    def submit(self, run: Run) -> None:
+        """Render it to its end. Raises Interrupted if it is stopped: then it has not been submitted."""
+        written = run.storyboard().as_written()
+        with tempfile.TemporaryDirectory() as folder:
+            film = Path(folder) / "storyboard.yaml"
+            film.write_text(yaml.safe_dump(written, allow_unicode=True, sort_keys=False))
+            code = render(RenderRequest(storyboard=film, store=run.store_url))
+        if code in STOP_CODES.values():
+            raise Interrupted(f"{run.id} was stopped; the next turn goes on with it", code)
+        self._outcomes[run.id] = RunOutcome(code, "")
+
+    def outcome(self, run: Run) -> RunOutcome | None:
+        """Known for what was rendered by this process."""
+        return self._outcomes.get(run.id)
+
+    def cancel(self, run: Run) -> None:
+        """Nothing renders beside this process."""
+
+
+def add_schedule(
+    place: str,
+    name: str,
+    film: Path,
+    *,
+    cron: str,
+    time_zone: str,
+    overlap: Overlap,
+    rows: Path | None,
+    renders: str,
+) -> int:
+    """Put a storyboard on the schedule; every film it will ever order is checked now."""
+    definition = Definition(
+        id=name,
+        cron=parse_cron(cron, time_zone),
+        storyboard=load_template(film),
+        renders=renders,
+        overlap=overlap,
+        rows=read_rows(rows) if rows is not None else (),
+    )
+    now_s = time.time()
+    check_definition(definition, now_s)
+
+    def add(state: State) -> Entry:
+        if state.definition is not None:
+            remedy = f"`longtake schedule remove {name}` first; its history stays."
+            raise SettingError("is on the schedule already", field="schedule", value=name, remedy=remedy)
+        return Added(now_s, definition)
+
+    _append(ScheduleLog(open_store(place), name), add)
+    print(f"{name}: next {_moment(_next_s(definition, now_s), definition)}")
+    return 0
+
+
+def remove_schedule(place: str, name: str) -> int:
+    """Take it off; its history stays, and a run that is there goes on."""
+
+    def remove(state: State) -> Entry:
+        if state.definition is None:
+            raise _unknown(name)
+        return Removed(time.time())
+
+    _append(ScheduleLog(open_store(place), name), remove)
+    print(f"{name}: removed")
+    return 0
+
+
+def run_now(place: str, name: str, runner: Runner) -> int:
+    """A run outside the schedule; or the one that is there already, if it has not begun. Exit code of the run."""
+    log = _known(open_store(place), name)
+    state = log.state
+    if not (state.open_runs and not state.open_runs[0].submitted):
+        _append(log, lambda state: claim_by_hand(state, time.time()))
+    run = log.state.open_runs[-1]
+    advance(log, time.time(), runner)
+    ended = log.state.runs[run.number].ended
+    if ended is None:
+        print(f"{run.id}: {'submitted' if log.state.runs[run.number].submitted else 'waits for the run before it'}")
+        return 0
+    print(f"{run.id}: exit code {ended.exit_code}{': ' if ended.message else ''}{ended.message}")
+    return ended.exit_code
+
+
+def tick(place: str, name: str | None, runner: Runner) -> int:
+    """What is due now, of one schedule or of all. Exit code of the first that failed."""
+    store, failed = open_store(place), 0
+    for schedule_id in [name] if name is not None else schedule_ids(store):
+        log = _known(store, schedule_id)
+        before = log.state
+        try:
+            advance(log, time.time(), runner)
+        except LongtakeError as error:
+            if isinstance(error, Interrupted):
+                raise
+            print(f"{schedule_id}: {error}")
+            failed = failed or error.exit_code
+        for run in log.state.runs.values():
+            if before.runs.get(run.number) != run:
+                print(f"{run.id}: {_standing(run)}")
+                failed = failed or (run.ended.exit_code if run.ended else 0)
+    return failed
+
+
+def print_schedules(place: str, name: str | None, *, as_json: bool) -> int:
+    """All schedules, or the history of one."""
+    store = open_store(place)
+    if name is None:
+        logs = [ScheduleLog(store, schedule_id) for schedule_id in schedule_ids(store)]
+        rows = [_summary(log.id, log.refresh()) for log in logs]
+    else:
+        rows = _history(_known(store, name))
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        _print_table(rows)
+    return 0
+
+
+def _known(store: Store, name: str) -> ScheduleLog:
+    """The log of a schedule that is or was there. Raises SettingError."""
+    log = ScheduleLog(store, name)
+    log.refresh()
+    if not log.entries:
+        raise _unknown(name)
+    return log
+
+
+def _unknown(name: str) -> SettingError:
+    remedy = "`longtake schedule list` shows what is."
+    return SettingError("is not on the schedule", field="schedule", value=name, remedy=remedy)
+
+
+def _append(log: ScheduleLog, make: Callable[[State], Entry]) -> None:
+    """Append what the present state makes of it; again if somebody else was first."""
+    log.refresh()
+    while not log.append(make(log.state)):
+        pass
+
+
+def _summary(name: str, state: State) -> dict[str, Any]:
+    definition, now_s = state.definition, time.time()
+    if definition is None:
+        return {"schedule": name, "state": "removed", "runs": len(state.runs)}
+    next_s = None if state.exhausted else _next_s(definition, max(now_s, state.since_s))
+    return {
+        "schedule": name,
+        "state": "used up" if state.exhausted else "running" if state.open_runs else "waiting",
+        "cron": definition.cron.expression,
+        "zone": definition.cron.time_zone,
+        "overlap": definition.overlap,
+        "next": _moment(next_s, definition),
+        "runs": len(state.runs),
+    }
+
+
+def _history(log: ScheduleLog) -> list[dict[str, Any]]:
+    rows: list[tuple[float, dict[str, Any]]] = []
+    for run in log.state.runs.values():
+        row: dict[str, Any] = {
+            "tick": _moment(run.claim.tick_s, run.definition),
+            "run": run.id,
+            "state": _standing(run),
+            "store": run.store_url,
+        }
+        rows.append((run.claim.at_s, row))
+    definition = next(entry.definition for entry in log.entries if isinstance(entry, Added))
+    for entry in log.entries:
+        if isinstance(entry, Skipped):
+            skipped = {"tick": _moment(entry.tick_s, definition), "run": "", "state": "skipped", "store": ""}
+            rows.append((entry.at_s, skipped))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+
+
+def _standing(run: Run) -> str:
+    if run.ended is not None:
+        word = "done" if run.ended.exit_code == 0 else f"exit code {run.ended.exit_code}"
+        return f"{word}: {run.ended.message}" if run.ended.message else word
+    return "running" if run.submitted else "claimed"
+
+
+def _next_s(definition: Definition, now_s: float) -> float:
+    return next(definition.cron.after(now_s))
+
+
+def _moment(time_s: float | None, definition: Definition) -> str:
+    if time_s is None:
+        return ""
+    return definition.cron.local(time_s).strftime("%Y-%m-%d %H:%M %Z")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    names = list({name: None for row in rows for name in row})
+    lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(names))]
+    for line in lines if rows else ():
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,137 @@
+"""`longtake schedule ...` as a person uses it. What renders stands aside here; the rest is real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.cli import main
+from cluster.render import RenderRequest
+
+FILM = "title: ${date}\nseed: ${counter}\nshots:\n  - {duration: 2s, prompt: 'a ${colour} circle'}\n"
+
+
+class Renderer:
+    """Ends every render with the next exit code, and keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+        self.stores: list[str | None] = []
+        self.films: list[dict[str, Any]] = []
+
+    def __call__(self, request: RenderRequest) -> int:
+        self.stores.append(request.store)
+        self.films.append(yaml.safe_load(request.storyboard.read_text()))
+        return self.codes.pop(0) if self.codes else 0
+
+
+@pytest.fixture
+def renderer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Renderer:
+    """An empty working folder with a template and a table, and a renderer."""
+    monkeypatch.chdir(tmp_path)
+    Path("film.yaml").write_text(FILM)
+    Path("rows.csv").write_text("colour\nred\nblue\n")
+    made = Renderer()
+    monkeypatch.setattr("cluster.schedules.render", made)
+    return made
+
+
+def add(*more: str) -> int:
+    flags = ["--cron", "30 2 * * *", "--time-zone", "Europe/Berlin", "--rows", "rows.csv"]
+    return main(["schedule", "add", "news", "film.yaml", *flags, *more])
+
+
+def listed(capsys: pytest.CaptureFixture[str], *name: str) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["schedule", "list", *name, "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_a_schedule_is_added_run_listed_and_removed(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert add("--renders", "elsewhere") == 0
+    assert "02:30" in capsys.readouterr().out
+    assert main(["schedule", "run-now", "news"]) == 0
+    assert main(["schedule", "run-now", "news"]) == 0
+    assert [film["shots"][0]["prompt"][0]["prompt"] for film in renderer.films] == ["a red circle", "a blue circle"]
+    assert [film["seed"] for film in renderer.films] == [1, 2]
+    assert all(str(store).startswith("elsewhere/news-") for store in renderer.stores)
+    assert main(["schedule", "run-now", "news"]) == 2, "the table has two rows"
+    [row] = listed(capsys)
+    assert (row["schedule"], row["state"], row["runs"]) == ("news", "used up", 2)
+    assert [run["state"] for run in listed(capsys, "news")] == ["done", "done"]
+    assert main(["schedule", "remove", "news"]) == 0
+    assert listed(capsys)[0]["state"] == "removed"
+    assert len(listed(capsys, "news")) == 2, "history stays"
+
+
+def test_a_run_that_was_stopped_goes_on_under_the_same_name(
+    renderer: Renderer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert add() == 0
+    renderer.codes = [75, 130, 0]
+    assert main(["schedule", "run-now", "news"]) == 75
+    assert [run["state"] for run in listed(capsys, "news")] == ["claimed"]
+    assert main(["schedule", "tick"]) == 130
+    assert main(["schedule", "run-now", "news"]) == 0
+    assert len(set(renderer.stores)) == 1 and len(renderer.stores) == 3
+    assert [run["state"] for run in listed(capsys, "news")] == ["done"]
+
+
+def test_a_run_that_failed_says_so_and_the_next_is_another(
+    renderer: Renderer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert add() == 0
+    renderer.codes = [4, 0]
+    assert main(["schedule", "run-now", "news"]) == 4
+    assert main(["schedule", "run-now", "news"]) == 0
+    assert [run["state"] for run in listed(capsys, "news")] == ["exit code 4", "done"]
+
+
+def test_a_tick_renders_what_is_due_and_nothing_twice(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 1_795_700_000.0
+    monkeypatch.setattr("cluster.schedules.time.time", lambda: now_s)
+    assert add() == 0
+    assert main(["schedule", "tick"]) == 0 and renderer.films == []
+    now_s += 3 * 86400
+    assert main(["schedule", "tick"]) == 0
+    assert main(["schedule", "tick", "news"]) == 0
+    assert len(renderer.films) == 1, "three nights missed, one run"
+    [run] = listed(capsys, "news")
+    assert run["tick"].endswith("02:30 CET")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["remove", "news"], ["news", "not on the schedule"]),
+        (["run-now", "news"], ["news", "not on the schedule"]),
+        (["tick", "news"], ["news", "not on the schedule"]),
+        (["list", "../../evil"], ["../../evil"]),
+        (["add", "../../evil", "film.yaml", "--cron", "0 0 * * *", "--time-zone", "UTC"], ["../../evil"]),
+        (["add", "n", "film.yaml", "--cron", "0 0 * *", "--time-zone", "UTC"], ["--cron", "0 0 * *"]),
+        (["add", "n", "film.yaml", "--cron", "0 0 * * *", "--time-zone", "Berlin"], ["--time-zone", "Berlin"]),
+        (["add", "n", "film.yaml", "--cron", "0 0 * * *", "--time-zone", "UTC"], ["${colour}", "counter"]),
+        (["add", "n", "none.yaml", "--cron", "0 0 * * *", "--time-zone", "UTC"], ["none.yaml"]),
+        (["add", "n", "date.yaml", "--cron", "0 0 * * *", "--time-zone", "UTC"], ["date.yaml", "quotes"]),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(
+    renderer: Renderer, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    Path("date.yaml").write_text("title: 2026-11-26\nshots:\n  - {duration: 2s, prompt: a}\n")
+    assert main(["schedule", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not Path("schedules").exists() and renderer.films == []
+
+
+def test_adding_twice_is_refused(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (add(), add()) == (0, 2)
+    assert "remove news" in capsys.readouterr().err
