@@ -120,6 +120,7 @@ def _add_render(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--threads", type=_positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
     add("--address", default=None, metavar="HOST:PORT", help="join a running Ray cluster")
+    add("--insecure", action="store_true", help="join it even if anyone who reaches it can run code there")
     add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="8h", help="save and stop after that")
     parser.set_defaults(command=_render)
 
@@ -278,7 +279,7 @@ def _selected(options: argparse.Namespace, **more: Any) -> RenderRequest:
 def _render(options: argparse.Namespace) -> int:
     from cluster.render import render
 
-    names = ("fresh", "strip", "allow_mixed", "workers", "threads", "device", "address", "deadline_s")
+    names = ("fresh", "strip", "allow_mixed", "workers", "threads", "device", "address", "insecure", "deadline_s")
     return render(_selected(options, **{name: getattr(options, name) for name in names}))
 
 

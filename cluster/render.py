@@ -62,6 +62,7 @@ class RenderRequest:
     threads: int | None = None
     device: str = "auto"
     address: str | None = None
+    insecure: bool = False
     as_json: bool = False
     redo: tuple[str, ...] = ()
     """Stretches of the film to make again, as written."""
@@ -226,7 +227,7 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
     cpus = max(_cores(), (request.workers or 1) * (request.threads or 1))
     # Who names a number of GPU workers means them: a cluster that is starting gets the time for it.
     gpus = (request.workers or 0) if request.device == "cuda" else 0
-    with open_session(request.address, cpus=cpus, gpus=gpus) as session:
+    with open_session(request.address, cpus=cpus, gpus=gpus, insecure=request.insecure) as session:
         placement = place_workers(
             session.resources,
             device=request.device,

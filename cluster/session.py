@@ -2,8 +2,7 @@
 
 A local session has its own short temporary folder (socket paths must stay under 108 bytes), a small object
 store (frames never travel through it), no dashboard and a token of its own, and it ends with the command.
-Connecting to a cluster whose address is not loopback needs Ray's token authentication to be on: anyone who
-reaches an open cluster can run code on it.
+Which clusters may be joined is `cluster.access`'s to say.
 
 Raises SettingError for an address that cannot be used.
 """
@@ -11,10 +10,8 @@ Raises SettingError for an address that cannot be used.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import re
-import secrets
 import shutil
 import tempfile
 import time
@@ -23,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.access import check_address, write_token
 from pipeline.errors import SettingError
 
 NAMESPACE = "longtake"
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
 START_ATTEMPTS = 4
 NODES_LOOK_S, NODES_LIMIT_S = 5.0, 1800.0
-TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _FOLDER_PREFIX = "lt-"
 # "<folder>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" has to fit into 107 bytes.
 _MAX_TEMP_CHARS = 24
@@ -44,9 +41,11 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(address: str | None, *, cpus: int, gpus: int = 0) -> Iterator[Session]:
+def open_session(
+    address: str | None, *, cpus: int, gpus: int = 0, insecure: bool = False
+) -> Iterator[Session]:
     """Start a local cluster of `cpus` slots, or join the one at `address`, which gets time to have `gpus`."""
-    with local_session(cpus) if address is None else _joined_session(address, gpus) as session:
+    with local_session(cpus) if address is None else _joined_session(address, gpus, insecure) as session:
         yield session
 
 
@@ -69,8 +68,8 @@ def local_session(cpus: int) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def _joined_session(address: str, gpus: int) -> Iterator[Session]:
-    check_address(address)
+def _joined_session(address: str, gpus: int, insecure: bool) -> Iterator[Session]:
+    check_address(address, insecure=insecure)
     try:
         yield from _connected(None, gpus=gpus, address=address)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -125,36 +124,6 @@ def _init_patiently(**options: Any) -> None:
                 raise
 
 
-def check_address(address: str) -> None:
-    """Refuse a cluster that is reachable from elsewhere and has no token. Raises SettingError."""
-    if is_loopback(address) or _has_token():
-        return
-    raise SettingError(
-        "a cluster that is not loopback needs token authentication",
-        field="--address",
-        value=address,
-        remedy="Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token.",
-    )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether `host:port` or `ray://host:port` can only be this machine. Unclear names count as reachable."""
-    host = re.sub(r"^[a-z]+://", "", address)
-    host = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0]
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _has_token() -> bool:
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        return False
-    return any(os.environ.get(name) for name in TOKEN_VARIABLES) or (Path.home() / ".ray" / "auth_token").exists()
-
-
 def _local_environment(folder: Path) -> dict[str, str]:
     """What Ray's own processes read from the environment. A caller's choice of authentication wins."""
     values = {
@@ -167,11 +136,8 @@ def _local_environment(folder: Path) -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",
     }
     if "RAY_AUTH_MODE" not in os.environ:
-        token = folder / "token"
-        descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        write_token(folder / "token")
+        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     return values
 
 

@@ -23,7 +23,7 @@ from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, forma
 from cluster.publish import units_so_far
 from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import useful_workers
-from cluster.session import check_address, is_loopback, sweep_abandoned
+from cluster.session import sweep_abandoned
 from pipeline.errors import SettingError
 from pipeline.events import NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
@@ -70,24 +70,7 @@ def test_a_plan_with_one_window_keeps_one_worker_busy() -> None:
     assert useful_workers(short) == max(short.count("window"), short.count("encode"))
 
 
-# Addresses
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.0.0.1:10001"])
-def test_loopback_needs_no_token(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    assert is_loopback(address)
-    check_address(address)
-
-
-@pytest.mark.parametrize("address", ["10.0.0.7:6379", "head.example.org:6379", "auto", "ray://192.168.1.4:10001"])
-def test_everything_else_does(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    with pytest.raises(SettingError, match="token"):
-        check_address(address)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    check_address(address)
+# Sessions
 
 
 def test_folders_of_killed_sessions_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

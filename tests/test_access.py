@@ -1,0 +1,134 @@
+"""No cluster is joined by accident that anyone could join."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cluster import access
+from cluster.access import answers_anyone, check_address, has_token, is_loopback, write_token
+from cluster.cli import main
+from cluster.session import _local_environment
+from pipeline.errors import SettingError
+
+
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture
+def token(no_token: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    write_token(tmp_path / "token")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    return tmp_path / "token"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.0.0.1:10001", "http://127.0.0.1:8265/", "http://localhost"],
+)
+def test_loopback_needs_no_token(address: str, no_token: None) -> None:
+    assert is_loopback(address)
+    check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["10.0.0.7:6379", "head.example.org:6379", "auto", "ray://192.168.1.4:10001", "127.0.0.1@evil.example:80",
+     "http://localhost.evil.example:8265", "http://evil.example/127.0.0.1:80"],
+)  # fmt: skip
+def test_everything_else_does(
+    address: str, no_token: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(access, "answers_anyone", lambda url: False)
+    with pytest.raises(SettingError, match="token"):
+        check_address(address)
+    check_address(address, insecure=True)
+    assert address in capsys.readouterr().err, "said aloud"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "abc")
+    check_address(address)
+
+
+def test_a_token_file_that_ray_would_abort_at_is_named(token: Path) -> None:
+    assert has_token()
+    token.write_text("  \n")
+    with pytest.raises(SettingError, match="holds no token"):
+        has_token()
+    token.unlink()
+    with pytest.raises(SettingError, match="RAY_AUTH_TOKEN_PATH"):
+        has_token()
+
+
+def test_our_tokens_are_readable_by_their_owner_alone(no_token: None, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        values = _local_environment(tmp_path)
+    finally:
+        os.umask(before)
+    path = Path(values["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(path.read_text()) >= 32
+    with pytest.raises(FileExistsError):
+        write_token(path)
+
+
+@pytest.fixture(params=[200, 401, 403, 500])
+def dashboard(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    """Something that answers on loopback with this status."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert "x-ray-authorization" not in {name.lower() for name in self.headers}
+            self.send_response(request.param)
+            self.end_headers()
+
+        def log_message(self, *values: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", request.param
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_dashboard_that_answers_without_a_token_is_refused(
+    dashboard: tuple[str, int], token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, status = dashboard
+    assert answers_anyone(url) == (status not in (401, 403))
+    monkeypatch.setattr(access, "is_loopback", lambda address: False)
+    if status in (401, 403):
+        check_address(url)
+    else:
+        with pytest.raises(SettingError, match="without a token"):
+            check_address(url)
+    check_address(url, insecure=True)
+
+
+def test_a_dashboard_that_is_not_there_is_said_so() -> None:
+    with pytest.raises(SettingError, match="does not answer"):
+        answers_anyone("http://127.0.0.1:9")
+
+
+def test_the_flag_has_to_be_spelled_out(
+    no_token: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr("cluster.render.render", lambda request: seen.append(request.insecure) or 0)
+    main(["render", "film.yaml", "--address", "203.0.113.9:6379"])
+    main(["render", "film.yaml", "--address", "203.0.113.9:6379", "--insecure"])
+    assert seen == [False, True]
