@@ -23,6 +23,7 @@ from ray import exceptions as ray_errors
 from cluster.crash import record_crash
 from cluster.drain import draining_nodes
 from cluster.job import Failed, Greeting, News, Outcome, RenderJob
+from cluster.json_log import is_json_wanted, log_event
 from cluster.publish import Publisher
 from cluster.recipe import make_plan
 from cluster.worker import SIDE_GROUP, worker_class
@@ -71,13 +72,16 @@ class Member:
 
 @dataclass
 class Story:
-    """Events for whoever follows the render; those it has seen are dropped."""
+    """Events for whoever follows the render; those it has seen are dropped. `render`: its store's address."""
 
+    render: str = ""
     first: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def tell(self, event: str, **content: Any) -> None:
         self.events.append({"event": event, "time": round(time.time(), 3), **content})
+        if is_json_wanted():
+            log_event(self.events[-1], self.render)
 
     def since(self, cursor: int) -> tuple[list[dict[str, Any]], int]:
         self.events = self.events[max(cursor - self.first, 0) :]
@@ -90,7 +94,7 @@ class Orchestrator:
 
     def __init__(self, job: RenderJob) -> None:
         self._job = job
-        self._story = Story()
+        self._story = Story(job.store_url)
         self._store = MeteredStore(open_store(job.store_url), Meter())
         self._ledger = Ledger(self._store, on_wait=lambda why: self._story.tell("waiting", message=why))
         self._io = ThreadPoolExecutor(1, "ledger")

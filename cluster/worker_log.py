@@ -3,7 +3,7 @@
 The log of an attempt holds the project's own log lines, warnings and tracebacks, and what the process and its
 children wrote to stderr meanwhile. It is put into the store every few seconds and at the end, so that it is
 there when the worker, its machine and the cluster are gone. Its size is bounded: the beginning and the end
-are kept, the middle is left out and counted.
+are kept, the middle is left out and counted. Where logs for machines are wanted each line goes there as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from cluster.json_log import is_json_wanted, log_record
 from pipeline.errors import LongtakeError
 from pipeline.store import Store
 
@@ -68,11 +70,15 @@ class WorkerLog(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s", "%H:%M:%S"))
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._text: BoundedText | None = None
+        self._about: dict[str, Any] = {}
+        self._traceback = logging.Formatter("%(message)s")
         logging.getLogger().addHandler(self)
         logging.getLogger("longtake").setLevel(logging.INFO)
         logging.captureWarnings(True)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if is_json_wanted():
+            log_record(record, self._traceback.format(record), self._about)
         for line in self.format(record).splitlines():
             self._tail.append(line)
             if self._text is not None:
@@ -86,6 +92,8 @@ class WorkerLog(logging.Handler):
     def attempt(self, store: Store, path: str) -> Iterator[None]:
         """Keep the log of what happens inside at `path`, now and then and at the end."""
         text, stderr = BoundedText(), _Stderr()
+        _, task_id, name = path.split("/")
+        self._about = {"render": store.url, "task": task_id, "attempt": int(name.split("-")[0])}
         over = threading.Event()
 
         def write() -> None:
@@ -107,6 +115,7 @@ class WorkerLog(logging.Handler):
             yield
         finally:
             self._text = None
+            self._about = {}
             over.set()
             flusher.join()
             write()

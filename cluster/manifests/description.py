@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from cluster import json_log
 from cluster.manifests.hardware import HARDWARE, GpuType, Hardware
 from pipeline.crew import SAVE_S
 from pipeline.errors import SettingError
@@ -32,6 +33,7 @@ WEIGHTS_FOLDER = "/weights"
 STORYBOARD_PATH = "/film/storyboard.yaml"
 CACHE_FOLDER = "/cache"
 USER_ID = 1000
+LOGGING = {json_log.VARIABLE: "json"}
 RAY_PORT, DASHBOARD_PORT, OBJECT_PORT = 6379, 8265, 8076
 DRAIN_S = 75
 """How long a worker that was told to go still runs: the notice reaches the orchestrator within seconds, a step

@@ -18,6 +18,7 @@ from cluster.manifests.description import (
     CACHE_FOLDER,
     DASHBOARD_PORT,
     GRACE_S,
+    LOGGING,
     MARKET_TYPE,
     RAY_PORT,
     SPOT,
@@ -231,7 +232,8 @@ def _resources(*, cpus: int, memory_gib: int, gpus: int = 0) -> dict[str, Any]:
 
 
 def _environment() -> list[dict[str, str]]:
-    return [*_token_environment(), {"name": "XDG_CACHE_HOME", "value": CACHE_FOLDER}]
+    values = {"XDG_CACHE_HOME": CACHE_FOLDER, **LOGGING}
+    return [*_token_environment(), *({"name": name, "value": value} for name, value in values.items())]
 
 
 def _token_environment() -> list[dict[str, str]]:

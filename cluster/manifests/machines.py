@@ -11,6 +11,7 @@ from typing import Any, Literal
 from cluster.manifests.description import (
     CACHE_FOLDER,
     DASHBOARD_PORT,
+    LOGGING,
     MARKET_TYPE,
     OBJECT_PORT,
     RAY_PORT,
@@ -100,6 +101,7 @@ def _docker(description: Description) -> dict[str, Any]:
         "RAY_AUTH_TOKEN_PATH": TOKEN_PATH,
         "RAY_enable_autoscaler_v2": "1",
         "XDG_CACHE_HOME": CACHE_FOLDER,
+        **LOGGING,
     }
     options = [f"-e {name}={value}" for name, value in environment.items()]
     return {

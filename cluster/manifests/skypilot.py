@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.manifests.description import (
     CACHE_FOLDER,
+    LOGGING,
     MARKET_TYPE,
     RAY_PORT,
     SPOT,
@@ -44,7 +45,7 @@ def sky_task(description: Description, film: Path) -> dict[str, Any]:
             "disk_size": 500,
             "job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": RESUMABLE_CODES},
         },
-        "envs": {"RAY_AUTH_MODE": "token", "XDG_CACHE_HOME": CACHE_FOLDER},
+        "envs": {"RAY_AUTH_MODE": "token", "XDG_CACHE_HOME": CACHE_FOLDER, **LOGGING},
         # No value: `sky jobs launch --secret RAY_AUTH_TOKEN` takes it from the environment there.
         "secrets": {"RAY_AUTH_TOKEN": None},
         "file_mounts": {STORYBOARD_PATH: str(film)},
