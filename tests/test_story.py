@@ -102,12 +102,12 @@ def test_what_children_write_to_stderr_is_kept_where_stderr_is_a_file(log: Worke
         file.flush()
         os.dup2(file.fileno(), 2)
         try:
-            with log.attempt(store, "logs/a.log"):
+            with log.attempt(store, "logs/a/0001-1.log"):
                 os.system("echo from a child >&2")
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-    text = store.read("logs/a.log").decode()
+    text = store.read("logs/a/0001-1.log").decode()
     assert "from a child" in text
     assert "long ago" not in text
 
@@ -126,10 +126,10 @@ def test_the_log_is_there_before_the_attempt_ends(
         written.set()
 
     monkeypatch.setattr(store, "put_replace", put_and_tell)
-    with log.attempt(store, "logs/a.log"):
+    with log.attempt(store, "logs/a/0001-1.log"):
         logging.getLogger("longtake.worker").info("step 3")
         assert written.wait(30)
-        assert b"step 3" in store.read("logs/a.log")
+        assert b"step 3" in store.read("logs/a/0001-1.log")
 
 
 def test_a_store_that_does_not_take_the_log_does_not_harm_the_attempt(
@@ -140,7 +140,7 @@ def test_a_store_that_does_not_take_the_log_does_not_harm_the_attempt(
 
     store = LocalStore(tmp_path)
     monkeypatch.setattr(store, "put_replace", refuse)
-    with log.attempt(store, "logs/a.log"):
+    with log.attempt(store, "logs/a/0001-1.log"):
         pass
 
 
