@@ -35,11 +35,11 @@ CACHE_FOLDER = "/cache"
 USER_ID = 1000
 LOGGING = {json_log.VARIABLE: "json"}
 RAY_PORT, DASHBOARD_PORT, OBJECT_PORT = 6379, 8265, 8076
-DRAIN_S = 75
-"""How long a worker that was told to go still runs: the notice reaches the orchestrator within seconds, a step
-of the denoising (24 s for refinement on a slow card) ends, then the state is saved."""
-GRACE_S = DRAIN_S + 15
-assert DRAIN_S > 3 * SAVE_S
+DRAIN_S = {STABLE: 75, SPOT: 25}
+"""How long a worker that was told to go still runs. SAVE_S before the end its running task saves its state, after the
+step of the denoising that it is in. Spot machines are gone sooner: 30 s after the notice on Google Cloud, which
+Kubernetes cuts to 25 s for pods."""
+assert min(DRAIN_S.values()) > SAVE_S
 
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _IMAGE = re.compile(r"[a-z0-9][a-z0-9._/:@-]{0,254}")
@@ -174,13 +174,12 @@ def ray_version() -> str:
     return version("ray")
 
 
-def drain_command() -> str:
-    """Shell: have this node drained and keep it for the time that takes; over at once if its Ray is gone."""
-    drain = (
-        "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the node is going away' "
-        f"--deadline-remaining-seconds {DRAIN_S}"
+def drain_command(seconds: int) -> str:
+    """Shell: have this node drained, which has so many seconds left. Fails if its Ray is gone already."""
+    return (
+        "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the machine is taken away' "
+        f"--deadline-remaining-seconds {seconds}"
     )
-    return f"{drain} && sleep {DRAIN_S}"
 
 
 class _Dumper(yaml.SafeDumper):

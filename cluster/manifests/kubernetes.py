@@ -17,7 +17,7 @@ from typing import Any
 from cluster.manifests.description import (
     CACHE_FOLDER,
     DASHBOARD_PORT,
-    GRACE_S,
+    DRAIN_S,
     LOGGING,
     MARKET_TYPE,
     RAY_PORT,
@@ -43,6 +43,8 @@ KUEUE_ELASTIC = "kueue.x-k8s.io/elastic-job"
 JOB_RETRIES = 20
 """New clusters for one film. Each goes on from the store, so a retry costs its cold start and nothing else."""
 IDLE_S = 300
+END_S = 5
+"""From the end of the draining to that of the pod."""
 _USER = {"runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
 """The image's user; `fsGroup` lets it read the token, which others cannot."""
 _CONCURRENCY = {"skip": "Forbid", "replace": "Replace", "queue": "Allow"}
@@ -167,7 +169,7 @@ def _head_group(description: Description, storyboard: str | None) -> dict[str, A
         ]
         volumes = [*volumes, {"name": "film", "configMap": {"name": storyboard}}]
     pod = {
-        "terminationGracePeriodSeconds": GRACE_S,
+        "terminationGracePeriodSeconds": DRAIN_S[STABLE],
         "securityContext": _USER,
         "affinity": _affinity(description, spot=False),
         "containers": [container],
@@ -180,7 +182,9 @@ def _head_group(description: Description, storyboard: str | None) -> dict[str, A
 def _worker_group(
     description: Description, name: str, market: str, gpus: int, nodes: int, *, scaled: bool
 ) -> dict[str, Any]:
-    hardware, is_spot = description.hardware, market == SPOT
+    hardware, is_spot, left_s = description.hardware, market == SPOT, DRAIN_S[market]
+    # Over at once where Ray itself took the node away, as its autoscaler does with idle ones.
+    leave = f"{drain_command(left_s)} && sleep {left_s}"
     container = {
         "name": "ray-worker",
         "image": description.image,
@@ -189,14 +193,14 @@ def _worker_group(
         "resources": _resources(
             cpus=hardware.cpus_per_gpu * gpus, memory_gib=hardware.memory_gib_per_gpu * gpus, gpus=gpus
         ),
-        "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", drain_command()]}}},
+        "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", leave]}}},
     }
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     if is_spot:
         key = description.spot_label.partition("=")[0]
         tolerations.append({"key": key, "operator": "Exists", "effect": "NoSchedule"})
     pod = {
-        "terminationGracePeriodSeconds": GRACE_S,
+        "terminationGracePeriodSeconds": left_s + END_S,
         "securityContext": _USER,
         "affinity": _affinity(description, spot=is_spot, product=hardware.product),
         "tolerations": tolerations,

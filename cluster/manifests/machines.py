@@ -1,16 +1,18 @@
 """Cloud machines by Ray's own launcher: the YAML of `ray up` for AWS and GCP.
 
 Spot nodes are thrown away rather than stopped, and the dashboard listens on the head's loopback alone:
-`ray dashboard` and `ray submit` reach it through SSH.
+`ray dashboard` and `ray submit` reach it through SSH. Workers watch for the cloud's notice that they are taken away.
 """
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, Literal
 
 from cluster.manifests.description import (
     CACHE_FOLDER,
     DASHBOARD_PORT,
+    DRAIN_S,
     LOGGING,
     MARKET_TYPE,
     OBJECT_PORT,
@@ -21,6 +23,7 @@ from cluster.manifests.description import (
     TOKEN_PATH,
     Description,
     cloud_machines,
+    drain_command,
     needed,
     plan_groups,
 )
@@ -28,6 +31,8 @@ from cluster.manifests.hardware import HEAD_MACHINES
 
 Cloud = Literal["aws", "gcp"]
 IDLE_MINUTES = 5
+NOTICE_S = 5
+"""How often a machine asks whether it is taken away."""
 DISK_GB = 500
 """A role's weights in bf16 are 27 GB, the image about 10 GB; the rest is for what is being encoded."""
 LOCAL_TOKEN_FOLDER = "~/.longtake/{name}"
@@ -82,8 +87,27 @@ def ray_up(description: Description, cloud: Cloud) -> dict[str, Any]:
         "worker_start_ray_commands": [
             "ray stop",
             f"{_START} --address=$RAY_HEAD_IP:{RAY_PORT} --object-manager-port={OBJECT_PORT}",
+            f"setsid nohup bash -c {shlex.quote(watch_command(cloud))} > /tmp/notice.log 2>&1 &",
         ],
     }
+
+
+def watch_command(cloud: Cloud) -> str:
+    """Shell: wait until the cloud says that it takes this machine away, then have it drained.
+
+    AWS says so two minutes before, Google Cloud thirty seconds. Machines on demand never get the notice.
+    """
+    if cloud == "aws":
+        metadata = "http://169.254.169.254/latest"
+        token = f'wget -qO- --method=PUT --header="X-aws-ec2-metadata-token-ttl-seconds: 60" {metadata}/api/token'
+        notice = (
+            f'wget -qO- --header="X-aws-ec2-metadata-token: $({token})" {metadata}/meta-data/spot/instance-action '
+            "| grep -q action"
+        )
+    else:
+        metadata = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
+        notice = f'wget -qO- --header="Metadata-Flavor: Google" {metadata} | grep -q TRUE'
+    return f"until {notice}; do sleep {NOTICE_S}; done; {drain_command(DRAIN_S[SPOT] - NOTICE_S)}"
 
 
 def _provider(description: Description, cloud: Cloud) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""The commands of the guides: each one is understood by the program it names, and many are run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import _parser, main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+REDIRECT = re.compile(r"\s>\s*\S+")
+
+
+def commands(program: str) -> list[tuple[str, str]]:
+    """(page, command line) of every fenced command of a program, without redirections."""
+    found = []
+    for page in PAGES:
+        for block in FENCE.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines():
+                if words_of(line)[:1] == [program]:
+                    found.append((page.name, line))
+    return found
+
+
+def words_of(line: str) -> list[str]:
+    return shlex.split(REDIRECT.sub("", line), comments=True)
+
+
+LONGTAKE = commands("longtake")
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(LONGTAKE) > 25
+    assert {page for page, _ in LONGTAKE} >= {"README.md", "deployment.md", "settings.md"}
+
+
+@pytest.mark.parametrize(("page", "line"), LONGTAKE, ids=[f"{page}:{line[:60]}" for page, line in LONGTAKE])
+def test_longtake_understands_it(page: str, line: str) -> None:
+    options = _parser().parse_args(words_of(line)[1:])
+    assert callable(options.command)
+
+
+@pytest.mark.parametrize(("page", "line"), commands("ray"))
+def test_ray_understands_it(page: str, line: str) -> None:
+    from ray.scripts.scripts import cli
+
+    words = words_of(line)[1:]
+    a_file = str(ROOT / "pyproject.toml")
+    cli.commands[words[0]].make_context(words[0], [a_file if w.endswith(".yaml") else w for w in words[1:]])
+
+
+RUN = [(page, line) for page, line in LONGTAKE if words_of(line)[1] in ("manifest", "schedule", "schema")]
+RUN_PAGES = sorted({page for page, _ in RUN})
+
+
+@pytest.mark.parametrize("page", RUN_PAGES)
+def test_the_commands_that_can_run_here_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], page: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cluster.schedules.render", lambda request: 0)
+    Path("film.yaml").write_text("shots:\n  - {duration: 2s, prompt: a red circle}\n")
+    guide = (ROOT / "docs/deployment.md").read_text()
+    [template] = re.findall(r"^```yaml\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    Path("news.yaml").write_text(template)
+    Path("cities.csv").write_text("city,sky,seconds\nOslo,clear,2\nRome,cloudy,3s\n")
+    for line in (line for name, line in RUN if name == page):
+        assert main(words_of(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+        assert capsys.readouterr().out, line
+
+
+def test_the_pages_that_run_are_those_with_something_to_run() -> None:
+    assert {"README.md", "deployment.md"} <= set(RUN_PAGES)
+    assert len(RUN) >= 12
