@@ -100,6 +100,12 @@ def _names(text: str) -> list[str]:
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("plan", help="print every task of a render without rendering")
     _add_selection(parser)
+    add = parser.add_argument
+    add("--checkpoint", default=None, metavar="NAME", help="plan for another one than the storyboard's")
+    add("--gpus", type=_positive, default=None, metavar="N", help="show the render on a cluster of N GPUs")
+    add("--gpu-type", type=str.lower, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
+    add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="2h", help="how many GPUs make it")
+    add("--prices", type=Path, default=None, metavar="FILE", help="YAML: dollars for a GPU and hour by GPU type")
     parser.set_defaults(command=_plan)
 
 
@@ -254,9 +260,14 @@ def _count(text: str) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from cluster.outlook import Cluster
     from cluster.show import print_plan
 
-    return print_plan(_selected(options))
+    cluster = None
+    if options.gpus or options.gpu_type or options.deadline_s or options.prices:
+        cluster = Cluster(options.gpus, options.gpu_type or "h200", options.deadline_s, options.prices)
+    gpu_type = cluster.gpu_type if cluster else None
+    return print_plan(_selected(options, checkpoint=options.checkpoint, gpu_type=gpu_type, plan_only=True), cluster)
 
 
 def _selected(options: argparse.Namespace, **more: Any) -> RenderRequest:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import model
+from cluster.paces import find_pace
 from model.digest import digest
 from model.errors import CheckpointError
 from pipeline.errors import CheckpointFault, InputFileError, SettingError
@@ -21,6 +22,9 @@ from pipeline.media_read import probe
 from pipeline.spec import Storyboard, load_spec, parse_spec
 
 CHUNK_BYTES = 1 << 20
+OFFICIAL = "meituan-longcat/LongCat-Video"
+UNKNOWN_DIGEST = "0" * 64
+"""Of a checkpoint that is planned for without being here."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILM_SUFFIXES = (".mp4", ".mov", ".mkv")
 
@@ -35,16 +39,20 @@ def load_storyboard(path: Path) -> Storyboard:
     return parse_spec(json.dumps(recipe["spec"]), str(path))
 
 
-def probe_facts(spec: Storyboard, *, device: str) -> Facts:
-    """Everything the plan needs. Raises InputFileError, CheckpointFault, SettingError naming what cannot be
-    used.
+def probe_facts(spec: Storyboard, *, device: str, gpu_type: str | None = None, absent_ok: bool = False) -> Facts:
+    """Everything the plan needs. `gpu_type`: of the workers, if it is not this machine's `device`.
+
+    With `absent_ok` the official checkpoint need not be here: its numbers are known, only its digest is not.
+    Raises InputFileError, CheckpointFault, SettingError naming what cannot be used.
     """
-    checkpoint = probe_checkpoint(spec.checkpoint)
+    is_absent = absent_ok and spec.checkpoint == OFFICIAL and not hub_folder(OFFICIAL).is_dir()
+    checkpoint = CheckpointFacts("", UNKNOWN_DIGEST) if is_absent else probe_checkpoint(spec.checkpoint)
     paths = spec.media_paths()
     ffmpeg = find_ffmpeg()
     found = {path: probe_media(path, kind, ffmpeg) for path, kind in paths.items()}
     loras = {lora.file: _lora_sha256(lora.file) for lora in spec.loras}
-    return Facts(checkpoint=checkpoint, media=found, loras=loras, device=device)
+    pace = find_pace(checkpoint, device, gpu_type)
+    return Facts(checkpoint=checkpoint, media=found, loras=loras, pace=pace)
 
 
 def probe_checkpoint(name: str) -> CheckpointFacts:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.errors import SettingError
 from pipeline.facts import CheckpointFacts, Facts, MediaFacts, Overrides, RenderFacts
+from pipeline.pace import Pace, published
 from pipeline.plan import Plan, Until, plan_film
 from pipeline.spec import Storyboard, parse_spec, recipe_text
 from pipeline.store import Store
@@ -55,7 +56,7 @@ class Recipe:
             },
             "media": {path: asdict(media) for path, media in self.facts.media.items()},
             "loras": dict(self.facts.loras),
-            "device": self.facts.device,
+            "pace": self.facts.pace.to_json(),
             "until": self.until,
             "shots": list(self.shots) if self.shots is not None else None,
             "strip": self.strip,
@@ -75,7 +76,7 @@ class Recipe:
             ),
             media={path: MediaFacts(**media) for path, media in value["media"].items()},
             loras=value["loras"],
-            device=value["device"],
+            pace=Pace.from_json(value["pace"]) if "pace" in value else published(),
         )
         shots = None if value["shots"] is None else tuple(value["shots"])
         spec = parse_spec(json.dumps(value["spec"]), RECIPE_FILE)

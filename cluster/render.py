@@ -69,6 +69,12 @@ class RenderRequest:
     refine_only: bool = False
     takes: int = 1
     deadline_s: float | None = None
+    checkpoint: str | None = None
+    """In the place of the storyboard's."""
+    gpu_type: str | None = None
+    """Of the workers that the plan's times are for; None: this machine's."""
+    plan_only: bool = False
+    """Nothing is going to be rendered, so the official checkpoint need not be here."""
 
 
 @dataclass
@@ -111,10 +117,13 @@ class Prepared:
 def prepare(request: RenderRequest) -> Prepared:
     """Read the storyboard, probe what it names, plan under what the store's ledger says. Runs nothing."""
     spec = load_storyboard(request.storyboard)
+    if request.checkpoint is not None:
+        spec = spec.model_copy(update={"checkpoint": request.checkpoint})
+    device = guess_device(request.device)
     store = open_store(request.store or default_store(spec, request.storyboard))
     recipe = Recipe(
         spec,
-        probe_facts(spec, device=guess_device(request.device)),
+        probe_facts(spec, device=device, gpu_type=request.gpu_type, absent_ok=request.plan_only),
         until=request.until,
         shots=None if request.shots is None else tuple(request.shots),
         strip=request.strip,

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from cluster.outlook import Cluster, look_ahead
 from cluster.places import open_render
+from cluster.probe import UNKNOWN_DIGEST
 from cluster.progress import PHASES, format_seconds
 from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import Prepared, RenderRequest, prepare
@@ -28,9 +30,12 @@ from pipeline.tasks import RECIPE_VERSION, Task
 from pipeline.times import format_bytes
 
 
-def print_plan(request: RenderRequest) -> int:
-    """Every task of the render, what is committed already, what will be made and why, time and space."""
+def print_plan(request: RenderRequest, cluster: Cluster | None = None) -> int:
+    """Every task of the render, what is committed already, what will be made and why, time, space and, on a `cluster`,
+    cost.
+    """
     prepared = prepare(request)
+    outlook = look_ahead(prepared.plan, prepared.state.commits, prepared.recipe.facts.pace, cluster)
     plan, left = prepared.plan, prepared.left
     done = _done(plan, prepared.state)
     why = reasons(plan.tasks, prepared.state, *_rendered_before(prepared))
@@ -39,9 +44,11 @@ def print_plan(request: RenderRequest) -> int:
         redo = None if prepared.redo is None else asdict(prepared.redo)
         space = {"needed_bytes": needed_bytes if left else 0, "free_bytes": free_bytes}
         extra = {"committed": sorted(done), "to_do": why, "redo": redo, "space": space}
-        print(json.dumps({**plan.to_json(), "store": prepared.store.url, **extra}))
+        print(json.dumps({**plan.to_json(), "store": prepared.store.url, **extra, "outlook": outlook.to_json()}))
         return 0
     print(plan.describe())
+    if prepared.recipe.facts.checkpoint.digest == UNKNOWN_DIGEST:
+        print(f"warning: {prepared.recipe.spec.checkpoint} is not here: its numbers are known, the task ids are not")
     if prepared.redo is not None and prepared.before_redo is not None:
         print("\n".join(describe_redo(prepared.redo, prepared.before_redo, plan)))
     if done:
@@ -50,6 +57,7 @@ def print_plan(request: RenderRequest) -> int:
         print(f"{format_seconds(left_s)} of work left")
         _print_reasons(plan, why)
     if left:
+        print("\n".join(outlook.describe()))
         free = "" if free_bytes is None else f", {format_bytes(free_bytes)} are free"
         print(f"space: {format_bytes(needed_bytes)} are needed{free} in {prepared.store.url}")
     return 0

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import CheckpointFault
+from pipeline.pace import Pace, published
 
 ScheduleName = Literal["base", "distilled", "enhance_hf", "refinement"]
 Attention = Literal["dense", "block_sparse"]
@@ -190,14 +191,14 @@ class Facts:
     media: for each path as the storyboard writes it (`Storyboard.media_paths`), what was probed.
     loras: for each LoRA path as the storyboard writes it, the file's sha256.
     redo, picked, locks: as in `Overrides`.
-    device: device kind of the workers (`cpu`, `cuda`), for the estimate only.
+    pace: how fast the workers are expected to be, for the estimate only.
     """
 
     checkpoint: CheckpointFacts
     media: Mapping[str, MediaFacts] = field(default_factory=dict)
     loras: Mapping[str, str] = field(default_factory=dict)
     redo: Mapping[str, int] = field(default_factory=dict)
-    device: str = "cuda"
+    pace: Pace = field(default_factory=published)
     picked: Mapping[str, int] = field(default_factory=dict)
     locks: Mapping[str, ShotLock] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ What it holds to:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -68,7 +69,7 @@ from pipeline.ledger import LedgerState, dependants_of
 from pipeline.limits import Budgets, Timeouts, given_up
 from pipeline.records import artifact_sha256
 from pipeline.requests import STOP_CODES, Request, entries_for
-from pipeline.schedule import ROLES_FOR_KIND, Demand, choose_role, kinds_of, must_leave_for_chain
+from pipeline.schedule import ROLES_FOR_KIND, Demand, Staff, choose_role, kinds_of, must_leave_for_chain
 from pipeline.summary import Tally, activity, expected_rest_s, phase_progress
 from pipeline.tasks import ArtifactFile, CommitRecord, Order, Role, Task, TaskKind
 
@@ -543,17 +544,20 @@ class Machine:
             return
         usable = self._crew.usable()
         self._demand = None
+        # Counted once: on a large cluster most workers are free at the end, and each looks at all the others.
+        staff = Counter(worker.role for worker in usable)
         for worker in usable:
             if worker.free:
-                self._employ(worker, [peer for peer in usable if peer is not worker])
+                staff[worker.role] -= 1
+                self._employ(worker, staff, usable)
+                staff[worker.role] += 1
 
-    def _employ(self, worker: Worker, peers: Sequence[Worker]) -> None:
-        roles = [peer.role for peer in peers]
+    def _employ(self, worker: Worker, roles: Staff, usable: Sequence[Worker]) -> None:
         if must_leave_for_chain(worker.role, worker.roles, roles, self._graph.ready("segment")):
             self._assign(worker, "chain")
             return
         for kind in kinds_of(worker.role, roles) if worker.role else ():
-            task_id = self._graph.take(kind, lambda task_id: self._eligible(task_id, worker, peers))
+            task_id = self._graph.take(kind, lambda task_id: self._eligible(task_id, worker, usable))
             if task_id is not None:
                 self._dispatch(worker, self._graph.tasks[task_id])
                 return
@@ -573,7 +577,7 @@ class Machine:
         worker.role, worker.loading_since_s = role, self._clock_s
         self._do(AssignRole(worker.worker_id, role))
 
-    def _eligible(self, task_id: str, worker: Worker, peers: Sequence[Worker]) -> bool:
+    def _eligible(self, task_id: str, worker: Worker, usable: Sequence[Worker]) -> bool:
         """Not while the task pauses, and not where it failed last if somebody elsewhere can take it."""
         if self._clock_s < self._not_before_s.get(task_id, 0.0):
             return False
@@ -581,7 +585,7 @@ class Machine:
         if log is None or worker.node_id not in log.failed_nodes[-1:]:
             return True
         roles = ROLES_FOR_KIND[self._graph.tasks[task_id].kind]
-        return not any(peer.role in roles and peer.node_id != worker.node_id for peer in peers)
+        return not any(peer.role in roles and peer.node_id != worker.node_id for peer in usable)
 
     def _dispatch(self, worker: Worker, task: Task) -> None:
         log = self._log(task.id)

@@ -71,7 +71,7 @@ from pipeline.plan_units import Cut, Joined, add_film, make_cut
 from pipeline.spec import Storyboard, storyboard_error
 from pipeline.takes import ShotPlace, Take, lay_out, places_by_id, rates_of, seconds_in_shot
 from pipeline.tasks import Task
-from pipeline.times import timecode
+from pipeline.times import hms, timecode
 
 __all__ = [
     "BlendParams",
@@ -204,7 +204,7 @@ class Plan:
             "warnings": list(self.warnings),
             "media": dict(self.media),
             "weights": dict(self.weights),
-            "estimate": {**asdict(self.estimate), "makespan_s": _text_keys(self.estimate.makespan_s)},
+            "estimate": asdict(self.estimate),
             "tasks": [asdict(task) for task in self.tasks.values()],
         }
 
@@ -393,10 +393,6 @@ def _prompt_effects(studio: Studio, cut: Cut, takes: Sequence[Take], joined: Joi
     return list(effects.values())
 
 
-def _text_keys(values: Mapping[int, float]) -> dict[str, float]:
-    return {str(key): value for key, value in values.items()}
-
-
 def _film_lines(plan: Plan) -> list[str]:
     what = "preview" if plan.is_preview else "film"
     lines = [
@@ -429,14 +425,7 @@ def _task_lines(plan: Plan) -> list[str]:
 
 def _estimate_lines(plan: Plan) -> list[str]:
     guess = plan.estimate
-    spans = ", ".join(f"{count}: {_clock(seconds)}" for count, seconds in guess.makespan_s.items())
     return [
-        f"expected ({guess.basis}): {_clock(guess.total_s)} of work, critical path"
-        f" {_clock(guess.critical_path_s)}, {guess.disk_bytes / 1e9:.2f} GB in the store",
-        f"time by number of workers: {spans}",
+        f"expected ({guess.basis}): {hms(guess.total_s)} of work, critical path"
+        f" {hms(guess.critical_path_s)}, {guess.disk_bytes / 1e9:.2f} GB in the store",
     ]
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

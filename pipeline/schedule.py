@@ -7,11 +7,13 @@ left there for it: one worker goes through text, the whole chain and one change 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.tasks import Role, TaskKind
+
+Staff = Mapping[Role | None, int]
+"""How many other workers have each role."""
 
 ROLES_FOR_KIND: dict[TaskKind, tuple[Role, ...]] = {
     "text": ("text",),
@@ -38,12 +40,12 @@ class Demand:
         return {"text": self.text, "chain": self.chain, "refine": self.refine, "media": self.media}[role]
 
 
-def kinds_of(role: Role, peers: Sequence[Role | None]) -> tuple[TaskKind, ...]:
-    """The kinds a worker of this role runs, first choice first. `peers`: roles of the other workers."""
+def kinds_of(role: Role, peers: Staff) -> tuple[TaskKind, ...]:
+    """The kinds a worker of this role runs, first choice first."""
     match role:
         case "text":
             return ("text",)
-        case "chain" if any(peer in ("refine", "media") for peer in peers):
+        case "chain" if _count(peers, "refine") or _count(peers, "media"):
             return ("source", "segment", "encode", "film")
         case "chain":
             # Nobody else will encode before the chain is done, and the film so far is to be playable.
@@ -54,24 +56,23 @@ def kinds_of(role: Role, peers: Sequence[Role | None]) -> tuple[TaskKind, ...]:
             return ("source", "encode", "film")
 
 
-def choose_role(
-    current: Role | None, able: Sequence[Role], peers: Sequence[Role | None], demand: Demand
-) -> Role | None:
+def choose_role(current: Role | None, able: Sequence[Role], peers: Staff, demand: Demand) -> Role | None:
     """The role a worker with nothing to do should have: the first one that its peers leave short of workers.
 
     None, or the current role, means: stay as you are.
     """
-    staff = Counter(peers)
     for role in ("text", "chain", "refine"):
-        if role in able and demand.of(role) > staff[role]:
+        if role in able and demand.of(role) > _count(peers, role):
             return role
     if current in ROLES_FOR_KIND["encode"] or "media" not in able:
         return current
-    return "media" if demand.media > staff["media"] else current
+    return "media" if demand.media > _count(peers, "media") else current
 
 
-def must_leave_for_chain(
-    current: Role | None, able: Sequence[Role], peers: Sequence[Role | None], segment_ready: bool
-) -> bool:
+def must_leave_for_chain(current: Role | None, able: Sequence[Role], peers: Staff, segment_ready: bool) -> bool:
     """Whether a free worker drops even ready refinement work: a segment is ready and nobody has the role."""
-    return segment_ready and current in ("refine", "media") and "chain" in able and "chain" not in peers
+    return segment_ready and current in ("refine", "media") and "chain" in able and not _count(peers, "chain")
+
+
+def _count(peers: Staff, role: Role) -> int:
+    return peers.get(role, 0)

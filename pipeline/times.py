@@ -11,6 +11,12 @@ def timecode(time_s: float) -> str:
     return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
+def hms(seconds: float) -> str:
+    """`h:mm:ss`, to the nearest second."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 def format_bytes(size_bytes: int) -> str:
     """`3 kB`, `12 MB`, `1,234 MB`: rounded up."""
     if size_bytes < 10**6:

@@ -1,0 +1,235 @@
+"""How a render will go on a number of workers: the real machine, run against a clock that jumps.
+
+Contract: pure. The machine decides here as it does in a render; workers, nodes and the store are stand-ins that take
+the seconds of a `Pace`. Nothing fails and nothing is preempted, so a forecast promises nothing.
+
+A node has the weights of a role after it fetched them once; workers of the node that want them meanwhile wait for the
+same fetch. A cluster is held, and paid for, from the asking for its first node to the end of the command.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+from pipeline.estimate import critical_path_s
+from pipeline.events import (
+    AssignRole,
+    Command,
+    Commit,
+    Committed,
+    Dispatch,
+    Event,
+    Finish,
+    TaskProduced,
+    Tick,
+    WorkerJoined,
+    WorkerReady,
+)
+from pipeline.ledger import LedgerState
+from pipeline.machine import Machine
+from pipeline.pace import Pace
+from pipeline.tasks import CommitRecord, Order, Produced, Role, Task, TaskKind
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The workers of a forecast. `node_s`: seconds until a node is there; 0 for one that is. `has_weights`: on disk."""
+
+    workers: int
+    per_node: int = 8
+    node_s: float = 0.0
+    has_weights: bool = True
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a worker did from when to when: ran a task, or loaded a role (`task_id` is empty then)."""
+
+    worker: int
+    start_s: float
+    stop_s: float
+    role: Role
+    task_id: str = ""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of task: when its first began, when its last was committed, and how many workers had it at once."""
+
+    kind: TaskKind
+    tasks: int
+    work_s: float
+    start_s: float
+    stop_s: float
+    most_workers: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One render on one fleet. Seconds count from the command."""
+
+    fleet: Fleet
+    makespan_s: float
+    """Until the command ends."""
+    ready_s: float
+    """Until the first task began: nodes, weights, processes, loading."""
+    finish_s: float
+    """From the film's commit to the end."""
+    critical_path_s: float
+    work_s: float
+    stretches: tuple[Stretch, ...]
+    phases: tuple[Phase, ...]
+
+    @property
+    def busy(self) -> float:
+        """Share of the workers' time, from the command to its end, in which they run tasks."""
+        return self.work_s / (self.fleet.workers * self.makespan_s) if self.makespan_s else 0.0
+
+    @property
+    def workers_used(self) -> int:
+        """Workers that ran any task."""
+        return len({stretch.worker for stretch in self.stretches if stretch.task_id})
+
+    def staff(self) -> dict[Role, float]:
+        """Workers by role, on average over the time in which tasks ran; loading counts for the role loaded."""
+        span_s = self.makespan_s - self.finish_s - self.ready_s
+        spent_s: Counter[Role] = Counter()
+        for stretch in self.stretches:
+            spent_s[stretch.role] += max(0.0, stretch.stop_s - max(stretch.start_s, self.ready_s))  # type: ignore[assignment]
+        return {role: seconds / span_s for role, seconds in spent_s.items()} if span_s > 0 else {}
+
+    def limit(self) -> str:
+        """What keeps it from being faster, in words."""
+        run_s = self.makespan_s - self.ready_s - self.finish_s
+        if run_s <= self.ready_s:
+            return "starting: nodes, weights, loading"
+        if self.critical_path_s >= 0.8 * run_s:
+            return "the chain: tasks that wait for each other"
+        return "the number of workers"
+
+    def cost(self, price_per_hour: float) -> float:
+        """Of holding all workers to the end; `price_per_hour` is that of one."""
+        return self.fleet.workers * self.makespan_s / 3600 * price_per_hour
+
+
+def forecast(
+    tasks: Mapping[str, Task], commits: Mapping[str, CommitRecord], pace: Pace, fleet: Fleet, film_frames: int = 0
+) -> Forecast:
+    """Run the rest of a render. `tasks` have their `work`; `commits` are what is done already."""
+    return _Simulation(tasks, commits, pace, fleet).run(film_frames)
+
+
+def smallest(done_in: Callable[[int], float], limit_s: float, most: int) -> int | None:
+    """The least number of workers that are done within `limit_s`, up to `most`; None if that many are not."""
+    if done_in(most) > limit_s:
+        return None
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if done_in(middle) <= limit_s else (middle, high)
+    return high
+
+
+class _Simulation:
+    def __init__(
+        self, tasks: Mapping[str, Task], commits: Mapping[str, CommitRecord], pace: Pace, fleet: Fleet
+    ) -> None:
+        self._tasks, self._pace, self._fleet = tasks, pace, fleet
+        self._left = {name: task for name, task in tasks.items() if name not in commits}
+        self._machine = Machine(tasks, LedgerState(commits=dict(commits)), epoch=1)
+        self._due: list[tuple[float, int, Event]] = []
+        self._now_s, self._told, self._over = 0.0, 0, False
+        self._cached_s: dict[tuple[int, Role], float] = {}
+        self._stretches: list[Stretch] = []
+        self._roles: dict[str, Role] = {}
+
+    def run(self, film_frames: int) -> Forecast:
+        self._feed(Tick(0.0))
+        joined_s = self._pace.start_s + self._fleet.node_s + self._pace.join_s
+        for index in range(self._fleet.workers):
+            node = f"n{index // self._fleet.per_node}"
+            self._later(joined_s, WorkerJoined(joined_s, f"{index}", node))
+        while self._due and not self._over:
+            self._now_s, _, event = heapq.heappop(self._due)
+            self._feed(event)
+        return self._forecast(film_frames)
+
+    def _feed(self, event: Event) -> None:
+        pending = [event]
+        while pending:
+            for command in self._machine.handle(pending.pop(0)):
+                if answer := self._carry_out(command):
+                    pending.append(answer)
+
+    def _carry_out(self, command: Command) -> Event | None:
+        match command:
+            case AssignRole():
+                self._load(command.worker_id, command.role)
+            case Dispatch():
+                self._work(command.worker_id, command.order)
+            case Commit():
+                return Committed(self._now_s, command.record)
+            case Finish():
+                self._over = True
+        return None
+
+    def _load(self, worker: str, role: Role) -> None:
+        there_s = self._now_s
+        if not self._fleet.has_weights:
+            place = (int(worker) // self._fleet.per_node, role)
+            there_s = self._cached_s.setdefault(place, self._now_s + self._pace.fetch_s.get(role, 0.0))
+        ready_s = max(self._now_s, there_s) + self._pace.load_s.get(role, 0.0)
+        self._roles[worker] = role
+        self._stretches.append(Stretch(int(worker), self._now_s, ready_s, role))
+        self._later(ready_s, WorkerReady(ready_s, worker, role))
+
+    def _work(self, worker: str, order: Order) -> None:
+        done_s = self._now_s + order.task.work
+        self._stretches.append(Stretch(int(worker), self._now_s, done_s, self._roles[worker], order.task.id))
+        produced = Produced((), {}, order.task.work, worker)
+        self._later(done_s, TaskProduced(done_s, worker, order.task.id, order.attempt, order.epoch, produced))
+
+    def _later(self, at_s: float, event: Event) -> None:
+        self._told += 1
+        heapq.heappush(self._due, (at_s, self._told, event))
+
+    def _forecast(self, film_frames: int) -> Forecast:
+        ran = [stretch for stretch in self._stretches if stretch.task_id]
+        finish_s = self._pace.finish_s + self._pace.finish_s_per_frame * film_frames
+        return Forecast(
+            fleet=self._fleet,
+            makespan_s=max((stretch.stop_s for stretch in ran), default=self._pace.start_s) + finish_s,
+            ready_s=min((stretch.start_s for stretch in ran), default=self._pace.start_s),
+            finish_s=finish_s,
+            critical_path_s=critical_path_s(self._left),
+            work_s=sum(task.work for task in self._left.values()),
+            stretches=tuple(self._stretches),
+            phases=self._phases(ran),
+        )
+
+    def _phases(self, ran: list[Stretch]) -> tuple[Phase, ...]:
+        by_kind: defaultdict[TaskKind, list[Stretch]] = defaultdict(list)
+        for stretch in ran:
+            by_kind[self._tasks[stretch.task_id].kind].append(stretch)
+        return tuple(
+            Phase(
+                kind,
+                len(of_kind),
+                sum(one.stop_s - one.start_s for one in of_kind),
+                min(one.start_s for one in of_kind),
+                max(one.stop_s for one in of_kind),
+                _most_at_once(of_kind),
+            )
+            for kind, of_kind in by_kind.items()
+        )
+
+
+def _most_at_once(stretches: list[Stretch]) -> int:
+    turns = sorted([(one.start_s, 1) for one in stretches] + [(one.stop_s, -1) for one in stretches])
+    return max(accumulate(change for _, change in turns))
