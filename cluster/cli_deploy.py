@@ -31,6 +31,12 @@ def add_manifest(commands: Commands) -> None:
     _add_cluster(rayjob)
     _add_kubernetes(rayjob)
     rayjob.set_defaults(command=_rayjob)
+    cronjob = formats.add_parser("cronjob", help="a CronJob that renders a schedule in its own pod, without KubeRay")
+    cronjob.add_argument("schedule", metavar="NAME", help="as given to `longtake schedule add`")
+    cronjob.add_argument("--schedules", required=True, metavar="PLACE", help="s3://, gs:// or az:// address")
+    _add_cluster(cronjob)
+    _add_nodes(cronjob)
+    cronjob.set_defaults(command=_cronjob)
     for cloud in ("aws", "gcp"):
         machines = formats.add_parser(f"ray-up-{cloud}", help=f"machines of {cloud.upper()} by `ray up`")
         _add_cluster(machines)
@@ -63,9 +69,14 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--secret", default=None, metavar="NAME", help="secret with the token (default: longtake-token)")
-    add("--weights", default=None, metavar="CLAIM", help="volume with checkpoints, read-only at /weights")
     add("--queue", default=None, metavar="NAME", help="Kueue's local queue")
     add("--priority-class", default=None, metavar="NAME", help="Kueue's, with --queue")
+    _add_nodes(parser)
+
+
+def _add_nodes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--weights", default=None, metavar="CLAIM", help="volume with checkpoints, read-only at /weights")
     add("--spot-label", default=None, metavar="KEY=VALUE", help="label of spot nodes (default: GKE's)")
 
 
@@ -90,6 +101,12 @@ def _rayjob(options: argparse.Namespace) -> int:
     from cluster.manifests.command import print_rayjob
 
     return print_rayjob(_described(options, *_KUBERNETES, "store"), options.film)
+
+
+def _cronjob(options: argparse.Namespace) -> int:
+    from cluster.manifests.command import print_cronjob
+
+    return print_cronjob(_described(options, "weights", "spot_label"), options.schedule, options.schedules)
 
 
 def _ray_up(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.access import check_address, write_token
+from cluster.access import check_address, has_token, write_token
 from pipeline.errors import SettingError
 
 NAMESPACE = "longtake"
@@ -135,7 +135,7 @@ def _local_environment(folder: Path) -> dict[str, str]:
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
     }
-    if "RAY_AUTH_MODE" not in os.environ:
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not has_token():
         write_token(folder / "token")
         values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     return values

@@ -83,6 +83,21 @@ def test_our_tokens_are_readable_by_their_owner_alone(no_token: None, tmp_path: 
         write_token(path)
 
 
+def test_a_local_cluster_has_a_token_of_its_own_unless_one_is_given(
+    no_token: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number, mode in enumerate((None, "token")):
+        (tmp_path / str(number)).mkdir()
+        if mode is not None:
+            monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        assert _local_environment(tmp_path / str(number))["RAY_AUTH_MODE"] == "token"
+        assert (tmp_path / str(number) / "token").exists()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert "RAY_AUTH_TOKEN_PATH" not in _local_environment(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "RAY_AUTH_MODE" not in _local_environment(tmp_path)
+
+
 @pytest.fixture(params=[200, 401, 403, 500])
 def dashboard(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
     """Something that answers on loopback with this status."""

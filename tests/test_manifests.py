@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,15 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.cli import _parser, main
 from cluster.manifests import description as shared
+from cluster.manifests.kubernetes import cron_job
 from cluster.manifests.machines import watch_command
 from cluster.session import wait_for_gpus
 from pipeline.crew import SAVE_S
+from pipeline.cron import parse_cron
+from pipeline.errors import SettingError
+from pipeline.recurring import Added, Definition
+from pipeline.schedule_log import ScheduleLog
+from pipeline.store import LocalStore
 from tests.kubernetes_shapes import RayCluster, RayJob, check_object
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +193,68 @@ def _spot_terms(group: dict[str, Any]) -> list[tuple[str, str]]:
     affinity = group["template"]["spec"]["affinity"]["nodeAffinity"]
     [selector] = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     return [(term["key"], term["operator"]) for term in selector["matchExpressions"] if "spot" in term["key"]]
+
+
+def scheduled(cron: str = "30 2 * * *", **changes: Any) -> Definition:
+    film = {"shots": [{"duration": "2s", "prompt": "a red circle"}]}
+    return replace(Definition("news.v2", parse_cron(cron, "Europe/Berlin"), film, "s3://films/news"), **changes)
+
+
+@pytest.mark.parametrize("stable_gpus", [None, 0])
+def test_a_cron_job_renders_its_schedule_in_its_own_pod(stable_gpus: int | None) -> None:
+    described = shared.describe(gpus=8, gpus_per_node=8, stable_gpus=stable_gpus, weights="longcat")
+    [job] = cron_job(described, scheduled(), "s3://films/schedules")
+    check_object(job, "V1CronJob")
+    spec = job["spec"]
+    assert (spec["schedule"], spec["timeZone"], spec["concurrencyPolicy"]) == ("30 2 * * *", "Europe/Berlin", "Forbid")
+    assert re.fullmatch(r"[a-z][a-z0-9-]{0,51}", job["metadata"]["name"])
+    template = spec["jobTemplate"]["spec"]
+    assert template["backoffLimit"] > 0, "a pod that is lost is followed by one that goes on"
+    pod = template["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    options = _parser().parse_args(container["command"][1:])
+    assert (options.name, options.schedules) == ("news.v2", "s3://films/schedules")
+    assert not [volume for volume in pod["volumes"] if "secret" in volume], "its cluster is its own"
+    assert pod["terminationGracePeriodSeconds"] > SAVE_S
+    expected = "NotIn" if stable_gpus is None else "In"
+    assert _spot_terms({"template": {"spec": pod}}) == [("cloud.google.com/gke-spot", expected)]
+
+
+def test_a_schedule_that_replaces_its_run_replaces_its_pod() -> None:
+    described = shared.describe(gpus=1)
+    [job] = cron_job(described, scheduled(overlap="replace"), "s3://films/schedules")
+    assert job["spec"]["concurrencyPolicy"] == "Replace"
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedules", "word"),
+    [
+        ({"cron": "0 0 * * 7"}, "s3://films/schedules", "0 0 * * 7"),
+        ({"cron": "0 0 L * *"}, "s3://films/schedules", "0 0 L * *"),
+        ({"cron": "0 0 * * 1#2"}, "s3://films/schedules", "1#2"),
+        ({"renders": "renders"}, "s3://films/schedules", "--renders"),
+        ({}, "schedules", "--schedules"),
+    ],
+)
+def test_what_a_pod_cannot_do_is_refused(changes: dict[str, Any], schedules: str, word: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        cron_job(shared.describe(gpus=1), scheduled(**changes), schedules)
+    assert word in str(refused.value)
+    july = scheduled(cron="0 0 1 JUL *")
+    assert cron_job(shared.describe(gpus=1), july, "s3://films/schedules")[0]["spec"]["schedule"] == "0 0 1 JUL *"
+
+
+def test_the_cron_job_command_reads_the_schedule_from_its_store(
+    show: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.manifests.command.open_store", lambda url: LocalStore(tmp_path))
+    flags = ["--schedules", "s3://films/schedules", "--gpus", "2"]
+    assert main(["manifest", "cronjob", "news.v2", *flags]) == 2
+    assert "news.v2" in capsys.readouterr().err
+    ScheduleLog(LocalStore(tmp_path), "news.v2").append(Added(0.0, scheduled()))
+    [job] = show("cronjob", "news.v2", *flags)
+    assert job["metadata"]["name"] == "longtake-news-v2"
 
 
 # ray up

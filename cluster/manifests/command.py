@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.manifests.description import TOKEN_PATH, Description, to_yaml
+from cluster.manifests.description import TOKEN_PATH, Description, check_shared, to_yaml
 from cluster.manifests.dockerfile import Flavour, dockerfile
-from cluster.manifests.kubernetes import ray_cluster, ray_job
+from cluster.manifests.kubernetes import cron_job, ray_cluster, ray_job
 from cluster.manifests.machines import LOCAL_TOKEN_FOLDER, Cloud, ray_up
 from cluster.manifests.skypilot import sky_task
+from pipeline.errors import SettingError
+from pipeline.schedule_log import ScheduleLog
+from pipeline.store import open_store
 
 
 def print_kuberay(description: Description) -> int:
@@ -22,6 +25,18 @@ def print_rayjob(description: Description, film: Path) -> int:
     """A RayJob that renders one storyboard. Raises SpecError, SettingError."""
     heading = f"One render on {description.gpus} GPUs, for KubeRay 1.6 or later.\n{_secret(description)}"
     print(to_yaml(ray_job(description, film), heading), end="")
+    return 0
+
+
+def print_cronjob(description: Description, name: str, schedules: str) -> int:
+    """A CronJob for one schedule. Raises SettingError."""
+    check_shared("--schedules", schedules)
+    definition = ScheduleLog(open_store(schedules), name).refresh().definition
+    if definition is None:
+        remedy = f"`longtake schedule add {name} ... --schedules {schedules}` first."
+        raise SettingError("is not on the schedule", field="schedule", value=name, remedy=remedy)
+    heading = "Its pod needs the right to use the store: a service account, or credentials in its environment."
+    print(to_yaml(cron_job(description, definition, schedules), heading), end="")
     return 0
 
 

@@ -55,10 +55,23 @@ def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+_NO_DISK = "nodes share no disk: write s3://, gs:// or az://"
+
+
+def _is_shared(place: str) -> bool:
+    return urlsplit(place).scheme in OBJECT_SCHEMES and bool(urlsplit(place).netloc)
+
+
 def _store(value: str) -> str:
-    if urlsplit(value).scheme not in OBJECT_SCHEMES or not urlsplit(value).netloc:
-        raise ValueError("nodes share no disk: write s3://, gs:// or az://")
+    if not _is_shared(value):
+        raise ValueError(_NO_DISK)
     return value
+
+
+def check_shared(field: str, place: str) -> None:
+    """Raise SettingError unless every node can reach the place."""
+    if not _is_shared(place):
+        raise SettingError("is not usable here", field=field, value=place, remedy=f"{_NO_DISK}.")
 
 
 Name = Annotated[str, _matching(_NAME, "write a-z, 0-9 and hyphens, at most 40, beginning with a letter")]

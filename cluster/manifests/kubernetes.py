@@ -2,15 +2,17 @@
 
 The RayCluster scales between nothing and `gpus` with Ray's autoscaler and is there for a farm of renders.
 The RayJob is one render without a farm: its cluster has a fixed size, so that Kueue can admit, suspend and
-evict it as a whole; each retry is a new cluster that goes on from the store. The CronJob gives a schedule
-its clock: its pod computes nothing and asks the cluster.
+evict it as a whole; each retry is a new cluster that goes on from the store. The CronJob renders one schedule in
+a pod of its own and needs no KubeRay.
 
 The operator itself talks to the cluster's dashboard, so the token is told to it (`authOptions.secretName`).
 """
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from cluster.manifests.description import (
     USER_ID,
     WEIGHTS_FOLDER,
     Description,
+    check_shared,
     drain_command,
     needed,
     plan_groups,
@@ -36,6 +39,7 @@ from cluster.manifests.description import (
 )
 from cluster.manifests.film import read_portable
 from pipeline.errors import SettingError
+from pipeline.recurring import Definition
 
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
@@ -47,7 +51,6 @@ END_S = 5
 """From the end of the draining to that of the pod."""
 _USER = {"runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
 """The image's user; `fsGroup` lets it read the token, which others cannot."""
-_CONCURRENCY = {"skip": "Forbid", "replace": "Replace", "queue": "Allow"}
 
 
 def ray_cluster(description: Description) -> list[dict[str, Any]]:
@@ -89,48 +92,52 @@ def ray_job(description: Description, film: Path) -> list[dict[str, Any]]:
     return [_storyboard_map(description, film), job]
 
 
-def cron_job(
-    description: Description, *, cron: str, time_zone: str, overlap: str, command: list[str]
-) -> dict[str, Any]:
-    """A plain CronJob that runs `command` (a longtake command line) against the cluster of this name."""
+def cron_job(description: Description, schedule: Definition, schedules: str) -> list[dict[str, Any]]:
+    """A plain CronJob that renders what is due of one schedule in its own pod, without KubeRay.
+
+    Which run is due, and that one is made once, the schedule's own log says; Kubernetes is its clock. A pod that
+    is lost has claimed its run, and the next one goes on with it. Raises SettingError.
+    """
+    for field, place in (("--schedules", schedules), ("--renders of the schedule", schedule.renders)):
+        check_shared(field, place)
+    is_spot = plan_groups(description, ()).stable_nodes == 0
     container = {
         "name": "longtake",
         "image": description.image,
-        "command": command,
-        "env": [*_token_environment(), {"name": "RAY_API_SERVER_ADDRESS", "value": head_url(description)}],
-        "volumeMounts": [_token_mount()],
-        "resources": _resources(cpus=1, memory_gib=2),
+        "command": ["longtake", "schedule", "tick", schedule.id, "--schedules", schedules],
+        "env": _values({"XDG_CACHE_HOME": CACHE_FOLDER, **LOGGING}),
+        "volumeMounts": [*_mounts(description)[1:], {"name": "shm", "mountPath": "/dev/shm"}],
+        "resources": _gpu_resources(description, description.gpus),
     }
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "CronJob",
-        "metadata": {"name": description.name, "labels": _own_labels(description)},
-        "spec": {
-            "schedule": cron,
-            "timeZone": time_zone,
-            "concurrencyPolicy": _CONCURRENCY[overlap],
-            # One catch-up: Kubernetes starts the last tick it missed within this time, and only that.
-            "startingDeadlineSeconds": 24 * 3600,
-            "jobTemplate": {
-                "spec": {
-                    "backoffLimit": 5,
-                    "template": {
-                        "spec": {
-                            "restartPolicy": "Never",
-                            "securityContext": _USER,
-                            "containers": [container],
-                            "volumes": [_token_volume(description)],
-                        }
-                    },
-                }
-            },
-        },
+    shared_memory = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": DRAIN_S[SPOT if is_spot else STABLE],
+        "securityContext": _USER,
+        "affinity": _affinity(description, spot=is_spot, product=description.hardware.product),
+        "tolerations": _tolerations(description, spot=is_spot),
+        "containers": [container],
+        "volumes": [*_volumes(description)[1:], shared_memory],
     }
+    spec = {
+        "schedule": _kubernetes_cron(schedule.cron.expression),
+        "timeZone": schedule.cron.time_zone,
+        "concurrencyPolicy": "Replace" if schedule.overlap == "replace" else "Forbid",
+        # One catch-up: of the ticks it missed Kubernetes makes up for the last, within this time.
+        "startingDeadlineSeconds": 24 * 3600,
+        "jobTemplate": {"spec": {"backoffLimit": JOB_RETRIES, "template": {"spec": pod}}},
+    }
+    name = re.sub(r"[._]", "-", f"{description.name}-{schedule.id}")[:52].rstrip("-")
+    metadata = {"name": name, "labels": _own_labels(description)}
+    return [{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": metadata, "spec": spec}]
 
 
-def head_url(description: Description) -> str:
-    """Where Ray's job API answers inside the Kubernetes cluster."""
-    return f"http://{description.name}-head-svc:{DASHBOARD_PORT}"
+def _kubernetes_cron(expression: str) -> str:
+    """The expression, if Kubernetes means the same by it. Raises SettingError."""
+    if re.search(r"L|#", re.sub(r"JUL", "", expression.upper())) or "7" in expression.split()[4]:
+        remedy = "Write plain numbers, with 0 for Sunday."
+        raise SettingError("is no cron expression of Kubernetes", field="--cron", value=expression, remedy=remedy)
+    return expression
 
 
 def _cluster_spec(description: Description, *, scaled: bool, storyboard: str | None = None) -> dict[str, Any]:
@@ -182,7 +189,7 @@ def _head_group(description: Description, storyboard: str | None) -> dict[str, A
 def _worker_group(
     description: Description, name: str, market: str, gpus: int, nodes: int, *, scaled: bool
 ) -> dict[str, Any]:
-    hardware, is_spot, left_s = description.hardware, market == SPOT, DRAIN_S[market]
+    is_spot, left_s = market == SPOT, DRAIN_S[market]
     # Over at once where Ray itself took the node away, as its autoscaler does with idle ones.
     leave = f"{drain_command(left_s)} && sleep {left_s}"
     container = {
@@ -190,20 +197,14 @@ def _worker_group(
         "image": description.image,
         "env": _environment(),
         "volumeMounts": _mounts(description),
-        "resources": _resources(
-            cpus=hardware.cpus_per_gpu * gpus, memory_gib=hardware.memory_gib_per_gpu * gpus, gpus=gpus
-        ),
+        "resources": _gpu_resources(description, gpus),
         "lifecycle": {"preStop": {"exec": {"command": ["/bin/bash", "-c", leave]}}},
     }
-    tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    if is_spot:
-        key = description.spot_label.partition("=")[0]
-        tolerations.append({"key": key, "operator": "Exists", "effect": "NoSchedule"})
     pod = {
         "terminationGracePeriodSeconds": left_s + END_S,
         "securityContext": _USER,
-        "affinity": _affinity(description, spot=is_spot, product=hardware.product),
-        "tolerations": tolerations,
+        "affinity": _affinity(description, spot=is_spot, product=description.hardware.product),
+        "tolerations": _tolerations(description, spot=is_spot),
         "containers": [container],
         "volumes": _volumes(description),
     }
@@ -228,6 +229,17 @@ def _affinity(description: Description, *, spot: bool, product: str | None = Non
     return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
 
 
+def _tolerations(description: Description, *, spot: bool) -> list[dict[str, str]]:
+    keys = ["nvidia.com/gpu", *([description.spot_label.partition("=")[0]] if spot else [])]
+    return [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
+
+
+def _gpu_resources(description: Description, gpus: int) -> dict[str, Any]:
+    hardware = description.hardware
+    cpus, memory_gib = hardware.cpus_per_gpu * gpus, hardware.memory_gib_per_gpu * gpus
+    return _resources(cpus=cpus, memory_gib=memory_gib, gpus=gpus)
+
+
 def _resources(*, cpus: int, memory_gib: int, gpus: int = 0) -> dict[str, Any]:
     amounts = {"cpu": str(cpus), "memory": f"{memory_gib}Gi"}
     if gpus:
@@ -236,12 +248,12 @@ def _resources(*, cpus: int, memory_gib: int, gpus: int = 0) -> dict[str, Any]:
 
 
 def _environment() -> list[dict[str, str]]:
-    values = {"XDG_CACHE_HOME": CACHE_FOLDER, **LOGGING}
-    return [*_token_environment(), *({"name": name, "value": value} for name, value in values.items())]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": TOKEN_PATH}
+    return _values({**token, "XDG_CACHE_HOME": CACHE_FOLDER, **LOGGING})
 
 
-def _token_environment() -> list[dict[str, str]]:
-    return [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN_PATH", "value": TOKEN_PATH}]
+def _values(values: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _mounts(description: Description) -> list[dict[str, Any]]:
