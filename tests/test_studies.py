@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,10 +24,10 @@ def studio(tiny_checkpoint: Path) -> Studio:
 
 
 @pytest.fixture(scope="module")
-def refinery(studio: Studio) -> Refinery:
+def refinery(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Refinery:
     frames = studio.grid.segment_frames + (WINDOWS - 1) * studio.grid.new_frames
     stage_one = torch.randint(0, 256, (frames, *studio.stage_one_px, 3), dtype=torch.uint8)
-    return Refinery(studio, studio.load_refine(), stage_one, "film", WINDOWS)
+    return Refinery(studio, studio.load_refine(), stage_one, "film", WINDOWS, tmp_path_factory.mktemp("film"))
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +117,17 @@ def test_latents_are_handed_on_as_they_are_but_for_the_first(ended: Ended, chain
     assert torch.equal(given[:, :, :1], handoff.pixels(chain_models, ended, 13)[:, :, :1])
 
 
-def test_every_hand_off_conditions_the_segment_that_follows(studio: Studio, chain_models: Models) -> None:
+def test_every_hand_off_conditions_the_segment_that_follows(
+    studio: Studio, chain_models: Models, tmp_path: Path
+) -> None:
     handed: list[torch.Tensor] = []
 
     def marked(models: Models, ended: Ended, count: int) -> torch.Tensor:
         handed.append(torch.full((1, 16, 4, *ended.latents.shape[3:]), 0.25))
         return handed[-1]
 
-    new = list(handoff.chain(studio, chain_models, "a red circle", "film", 200, marked))
-    plain = list(handoff.chain(studio, chain_models, "a red circle", "film", 200, handoff.pixels))
+    new = list(handoff.chain(studio, chain_models, "a red circle", "film", 200, marked, tmp_path / "marked"))
+    plain = list(handoff.chain(studio, chain_models, "a red circle", "film", 200, handoff.pixels, tmp_path / "plain"))
     assert [len(frames) for frames in new] == [93, 80, 27]
     assert len(handed) == 2
     assert torch.equal(new[0], plain[0])
@@ -135,13 +136,13 @@ def test_every_hand_off_conditions_the_segment_that_follows(studio: Studio, chai
 
 def test_the_anchor_pulls_colours_as_far_as_its_strength_says(ended: Ended) -> None:
     video = ended.video[:, :, -13:] * 0.3
-    wanted = handoff.Colours(np.array([55.0, 4.0, -3.0]), colours_of(video).spread * 0.9)
+    wanted = handoff.Colours(torch.tensor([55.0, 4.0, -3.0]), colours_of(video).spread * 0.9)
     before = colours_of(video)
     half, whole = (colours_of(pull_colours(video, wanted, strength)) for strength in (0.5, 1.0))
     assert torch.allclose(pull_colours(video, wanted, 0.0), video, atol=1e-5)
-    assert whole.mean == pytest.approx(wanted.mean, abs=0.3)
-    assert half.mean == pytest.approx((before.mean + wanted.mean) / 2, abs=0.3)
-    assert whole.spread == pytest.approx(wanted.spread, rel=0.03)
+    assert torch.allclose(whole.mean, wanted.mean, atol=0.3)
+    assert torch.allclose(half.mean, (before.mean + wanted.mean) / 2, atol=0.3)
+    assert torch.allclose(whole.spread, wanted.spread, rtol=0.03)
 
 
 # ------------------------------------------------------------------------------------------------- figures and files
@@ -157,10 +158,16 @@ def test_a_study_goes_on_where_it_was(
     files = sorted(tmp_path.rglob("*.json"))
     assert len(files) == 4
     stamps = [file.stat().st_mtime_ns for file in files[1:]]
+    segments = sorted(files[0].with_suffix("").glob("*.safetensors"))
+    assert len(segments) == 2
+    kept_stamp = segments[0].stat().st_mtime_ns
     files[0].unlink()
+    segments[1].unlink()
     handoff.main(command)
     assert capsys.readouterr().out == first
     assert [file.stat().st_mtime_ns for file in files[1:]] == stamps
+    assert segments[0].stat().st_mtime_ns == kept_stamp
+    assert segments[1].exists()
     assert "| truncated |" in first
 
 

@@ -1,8 +1,8 @@
 """What the studies share: a checkpoint ready to render, films to render, what is measured on them, results on disk.
 
 A result is one JSON file for each film and variant below `<out>/<digest of the checkpoint>-<dtype>/`, written when it
-is whole; a study that is started again goes on with what is missing. Noise comes from names: a film is the same
-whichever variants are asked for.
+is whole; beside it lie the tensors that are dear to make, so that a study that is started again goes on where it was.
+Noise comes from names: a film is the same whichever variants are asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.denoising import make_schedule
@@ -125,6 +126,16 @@ def cached(file: Path, compute: Callable[[], Result]) -> Result:
         os.replace(part, file)
     loaded: Result = json.loads(file.read_text(encoding="utf-8"))
     return loaded
+
+
+def kept(file: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in `file` (.safetensors); computed and written, whole or not at all, where there is none."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in compute().items()}, part)
+        os.replace(part, file)
+    return load_file(file)
 
 
 # ------------------------------------------------------------------------------------------------------- measurement

@@ -41,6 +41,7 @@ from tests.studies.films import (
     cached,
     drift_of,
     films,
+    kept,
     markdown,
     mean_of,
     measure,
@@ -51,7 +52,7 @@ from tests.studies.films import (
 
 @dataclass(frozen=True)
 class Ended:
-    """A segment that is done: its latents, its decoded video, and the colours of the shot's first seconds."""
+    """The end of a segment: last latents, last decoded frames, and the colours of the shot's first seconds."""
 
     latents: Tensor
     video: Tensor
@@ -62,19 +63,19 @@ class Ended:
 class Colours:
     """Mean and spread [3] of L*, a*, b*."""
 
-    mean: np.ndarray
-    spread: np.ndarray
+    mean: Tensor
+    spread: Tensor
 
 
 def colours_of(video: Tensor) -> Colours:
     lab = _to_lab(video)
-    return Colours(lab.mean(axis=(0, 1, 2)), lab.std(axis=(0, 1, 2)))
+    return Colours(lab.mean((0, 1, 2)), lab.std((0, 1, 2)))
 
 
-def _to_lab(video: Tensor) -> np.ndarray:
+def _to_lab(video: Tensor) -> Tensor:
     """CIELAB [n,h,w,3] of a video."""
     rgb = ((video[0].permute(1, 2, 3, 0) + 1) / 2).contiguous().numpy()
-    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2LAB) for frame in rgb])
+    return torch.from_numpy(np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2LAB) for frame in rgb]))
 
 
 def pull_colours(video: Tensor, towards: Colours, strength: float) -> Tensor:
@@ -83,15 +84,15 @@ def pull_colours(video: Tensor, towards: Colours, strength: float) -> Tensor:
     OpenCV's way to Lab and back is not exact; only the difference that the move makes is added.
     """
     lab, own = _to_lab(video), colours_of(video)
-    scale = 1 + strength * (towards.spread / np.maximum(own.spread, 1e-3) - 1)
+    scale = 1 + strength * (towards.spread / own.spread.clamp(min=1e-3) - 1)
     shift = own.mean + strength * (towards.mean - own.mean)
     moved = _from_lab((lab - own.mean) * scale + shift) - _from_lab(lab)
     return (video + moved).clamp(-1, 1)
 
 
-def _from_lab(lab: np.ndarray) -> Tensor:
+def _from_lab(lab: Tensor) -> Tensor:
     """The video of CIELAB [n,h,w,3]."""
-    rgb = np.stack([cv2.cvtColor(frame.astype(np.float32), cv2.COLOR_LAB2RGB) for frame in lab])
+    rgb = np.stack([cv2.cvtColor(frame, cv2.COLOR_LAB2RGB) for frame in lab.float().numpy()])
     return torch.from_numpy(rgb * 2 - 1).permute(3, 0, 1, 2)[None]
 
 
@@ -153,18 +154,34 @@ VARIANTS: dict[str, HandOff] = {
 # --------------------------------------------------------------------------------------------------------- the study
 
 
-def chain(studio: Studio, models: Models, prompt: str, name: str, frames: int, hand_on: HandOff) -> Iterator[Tensor]:
-    """The frames uint8 of a chain, segment by segment, `frames` in all; the same noise whatever is handed on."""
+def chain(
+    studio: Studio, models: Models, prompt: str, name: str, frames: int, hand_on: HandOff, folder: Path
+) -> Iterator[Tensor]:
+    """The frames uint8 of a chain, segment by segment, `frames` in all; the same noise whatever is handed on.
+
+    Segments are kept in `folder`: their new frames, and the latents and decoded frames that a hand-off reads.
+    """
     condition, count = studio.condition(prompt), studio.grid.condition_frames
+    reference_frames = round(REFERENCE_S * studio.facts.stage_one_fps)
     ended: Ended | None = None
     index = 0
     while frames > 0:
-        given = None if ended is None else hand_on(models, ended, count)
-        x = _segment(studio, models, condition, name, index, given)
-        video = decode(models, x)
-        reference = video[:, :, : round(REFERENCE_S * studio.facts.stage_one_fps)]
-        ended = Ended(x, video, colours_of(reference) if ended is None else ended.colours)
-        new = video_to_frames(video)[count if index else 0 :][:frames]
+
+        def make(before: Ended | None = ended, index: int = index) -> dict[str, Tensor]:
+            given = None if before is None else hand_on(models, before, count)
+            x = _segment(studio, models, condition, name, index, given)
+            video = decode(models, x)
+            reference = before.colours if before else colours_of(video[:, :, :reference_frames])
+            return {
+                "new": video_to_frames(video)[count if index else 0 :],
+                "latents": x[:, :, -count:].clone(),
+                "video": video[:, :, -count:].clone(),
+                "colours": torch.stack([reference.mean, reference.spread]),
+            }
+
+        done = kept(folder / f"segment {index}.safetensors", make)
+        ended = Ended(done["latents"], done["video"], Colours(*done["colours"]))
+        new = done["new"][:frames]
         yield new
         frames, index = frames - len(new), index + 1
 
@@ -197,14 +214,16 @@ def decode(models: Models, x: Tensor) -> Tensor:
         return models.vae.decode(x)
 
 
-def measured(studio: Studio, models: Models, wanted: Wanted, name: str, frames: int, variant: str) -> Result:
+def measured(
+    studio: Studio, models: Models, wanted: Wanted, name: str, frames: int, variant: str, folder: Path
+) -> Result:
     """Render a chain and measure it; `right` are the shares of six-second pieces of the last 30 s that show what the
     prompt says."""
     started_s, grid, fps = time.process_time(), studio.grid, studio.facts.stage_one_fps
     last: list[Tensor] = []
 
     def watched() -> Iterator[Tensor]:
-        for new in chain(studio, models, wanted.prompt, name, frames, VARIANTS[variant]):
+        for new in chain(studio, models, wanted.prompt, name, frames, VARIANTS[variant], folder):
             last.append(new)
             while sum(len(part) for part in last[1:]) >= LAST_S * fps:
                 last.pop(0)
@@ -236,18 +255,14 @@ def run(studio: Studio, folder: Path, count: int, minutes: float, variants: list
 
     for number, wanted in enumerate(films(count)):
         for variant in variants:
-            file = folder / f"{minutes:g} minutes" / f"film {number}" / f"{variant}.json"
-            name = f"handoff/{number}"
-            make = functools.partial(_measured_with, models, studio, wanted, name, frames, variant)
-            results[variant].append(cached(file, make))
+            place = folder / f"{minutes:g} minutes" / f"film {number}" / variant
+
+            def make(w: Wanted = wanted, n: str = f"handoff/{number}", v: str = variant, at: Path = place) -> Result:
+                return measured(studio, models(), w, n, frames, v, at)
+
+            results[variant].append(cached(place.parent / f"{variant}.json", make))
             print(f"film {number + 1}/{count} {variant}: {_line(results[variant][-1])}", file=sys.stderr, flush=True)
     return results
-
-
-def _measured_with(
-    models: Callable[[], Models], studio: Studio, wanted: Wanted, name: str, frames: int, variant: str
-) -> Result:
-    return measured(studio, models(), wanted, name, frames, variant)
 
 
 def _line(result: Result) -> str:

@@ -37,6 +37,7 @@ from tests.studies.films import (
     cached,
     drift_of,
     films,
+    kept,
     markdown,
     mean_of,
     measure,
@@ -51,18 +52,17 @@ Unit = tuple[Tensor, int, int]
 class Refinery:
     """One stage-one film and its windows, each refined at most once for all the variants that want it."""
 
-    def __init__(self, studio: Studio, models: Models, stage_one: Tensor, name: str, windows: int) -> None:
-        self.studio, self.models, self.name, self.windows = studio, models, name, windows
+    def __init__(
+        self, studio: Studio, models: Models, stage_one: Tensor, name: str, windows: int, folder: Path
+    ) -> None:
+        self.studio, self.models, self.name, self.windows, self._folder = studio, models, name, windows, folder
         self.grid, self.schedule = studio.grid, studio.refine_schedule
         self._stage_one = stage_one
         self._text = studio.condition("")
-        self._made: dict[tuple[str, int, int], Tensor] = {}
 
-    def _once(self, what: str, index: int, given: int, make: Callable[[], Tensor]) -> Tensor:
-        key = what, index, given
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor from this film's folder; made where it is missing."""
+        return kept(self._folder / f"{name}.safetensors", lambda: {"x": make()})["x"]
 
     # ------------------------------------------------------------------------------------------ starting states
 
@@ -81,7 +81,7 @@ class Refinery:
 
     def clean(self, index: int, given: int) -> Tensor:
         """The encoded stage-one frames of a window that begins with `given` refined frames."""
-        return self._once("clean", index, given, lambda: self._encode(index, given))
+        return self._kept(f"clean {index} after {given}", lambda: self._encode(index, given))
 
     def _encode(self, index: int, given: int) -> Tensor:
         shape = self.grid.window_shape(given)
@@ -120,10 +120,18 @@ class Refinery:
 
     def shared(self, index: int) -> Tensor:
         """The window by itself, its noise shared with its neighbours."""
-        return self._once("shared", index, 0, lambda: self.refine(self.start(index)))
+        return self._kept(f"shared {index}", lambda: self.refine(self.start(index)))
+
+    def independent(self, index: int) -> Tensor:
+        """The window by itself, with noise of its own."""
+        return self._kept(f"independent {index}", lambda: self.refine(self.start(index, own=True)))
 
     def shared_frames(self, index: int) -> Tensor:
-        return self._once("frames", index, 0, lambda: self.decode(self.shared(index)))
+        return self._kept(f"frames {index}", lambda: self.decode(self.shared(index)))
+
+    def after(self, index: int, tail: Tensor, way: str, right: Tensor | None = None) -> Tensor:
+        """`between`, kept under the name of the way."""
+        return self._kept(f"{way} {index}", lambda: self.between(index, tail, right))
 
     def between(self, index: int, tail: Tensor, right: Tensor | None) -> Tensor:
         """The window that goes on from refined frames, padding included. `right` [1,16,count,H,W]: what the window on
@@ -145,7 +153,11 @@ class Refinery:
         """All windows step by step, one beside the other; what they share is averaged after every step."""
         states = self.merge_all([self.start(i) for i in range(self.windows)])
         for number in range(self.schedule.steps):
-            states = self.merge_all([self.step(x, number) for x in states])
+            stepped = [
+                self._kept(f"lockstep {i} step {number}", functools.partial(self.step, x, number))
+                for i, x in enumerate(states)
+            ]
+            states = self.merge_all(stepped)
         return states
 
     # ------------------------------------------------------------------------------------------ joining
@@ -198,7 +210,7 @@ def chained(refinery: Refinery) -> Iterator[Unit]:
     frames = refinery.shared_frames(0)
     yield frames, 0, refinery.stop(0, given)
     for index in range(1, refinery.windows):
-        x = refinery.between(index, frames[refinery.tail], None)
+        x = refinery.after(index, frames[refinery.tail], "chained")
         frames = refinery.decode(x)[refinery.padding(given) :]
         yield frames, given, refinery.stop(index, given)
 
@@ -209,7 +221,7 @@ def _middle(refinery: Refinery) -> list[int]:
 
 def independent(refinery: Refinery) -> Iterator[Unit]:
     """Noise of its own for each window, a hard change in the middle of the overlap."""
-    return refinery.units(_middle(refinery), lambda i: refinery.decode(refinery.refine(refinery.start(i, own=True))))
+    return refinery.units(_middle(refinery), lambda i: refinery.decode(refinery.independent(i)))
 
 
 def shared(refinery: Refinery) -> Iterator[Unit]:
@@ -247,7 +259,7 @@ def lockstep(refinery: Refinery) -> Iterator[Unit]:
     return refinery.units(_middle(refinery), lambda i: refinery.decode(states[i]))
 
 
-def _anchors(refinery: Refinery, fixed: bool) -> Iterator[Unit]:
+def _anchors(refinery: Refinery, way: str, *, fixed: bool) -> Iterator[Unit]:
     """Even windows first, by themselves; odd ones go on from the refined window on their left."""
     grid, windows, given = refinery.grid, refinery.windows, refinery.grid.refined_condition
     front = grid.window_shape(given).front_latents
@@ -257,7 +269,7 @@ def _anchors(refinery: Refinery, fixed: bool) -> Iterator[Unit]:
             x, cut = refinery.shared(i), 0
         else:
             right = refinery.shared(i + 1)[:, :, 1 : 1 + grid.merge_latents] if fixed and i + 1 < windows else None
-            x, cut = refinery.between(i, refinery.shared_frames(i - 1)[refinery.tail], right), front
+            x, cut = refinery.after(i, refinery.shared_frames(i - 1)[refinery.tail], way, right), front
         latents.append(x[:, :, cut:])
         fronts.append(x[:, :, :cut])
     merged = [x.clone() for x in latents]
@@ -273,12 +285,12 @@ def _anchors(refinery: Refinery, fixed: bool) -> Iterator[Unit]:
 
 def anchored(refinery: Refinery) -> Iterator[Unit]:
     """Even windows first; odd ones go on from the one on their left and are merged with the one on their right."""
-    return _anchors(refinery, fixed=False)
+    return _anchors(refinery, "anchored", fixed=False)
 
 
 def anchored_both(refinery: Refinery) -> Iterator[Unit]:
     """Even windows first; odd ones go on from the one on their left, the latents they share on the right held."""
-    return _anchors(refinery, fixed=True)
+    return _anchors(refinery, "anchored both", fixed=True)
 
 
 VARIANTS: dict[str, tuple[Callable[[Refinery], Iterator[Unit]], str]] = {
@@ -351,9 +363,15 @@ def run(studio: Studio, folder: Path, count: int, windows: int, variants: list[s
         place = folder / f"{windows} windows" / f"film {number}"
 
         @functools.cache
-        def refinery(prompt: str = wanted.prompt, name: str = f"refinement/{number}") -> Refinery:
-            stage_one = stage_one_film(studio, studio.load_chain(studio.dtype), prompt, name, windows)
-            return Refinery(studio, studio.load_refine(), stage_one, name, windows)
+        def refinery(
+            prompt: str = wanted.prompt, name: str = f"refinement/{number}", tensors: Path = place / "tensors"
+        ) -> Refinery:
+            models = studio.load_chain(studio.dtype)
+            film = kept(
+                tensors / "stage one.safetensors",
+                lambda: {"frames": stage_one_film(studio, models, prompt, name, windows)},
+            )
+            return Refinery(studio, studio.load_refine(), film["frames"], name, windows, tensors)
 
         for variant in variants:
             file = place / f"{variant}.json"
