@@ -32,7 +32,7 @@ def refinery(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Refine
 
 @pytest.fixture(scope="module")
 def chain_models(studio: Studio) -> Models:
-    return studio.load_chain(torch.float32)
+    return studio.load_chain()
 
 
 def overlap(refinery: Refinery, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

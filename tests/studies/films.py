@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.denoising import make_schedule
-from model.checkpoint import load_dit, load_text, load_vae
+from model.checkpoint import load_text
 from model.digest import digest
 from model.evaluate import Wanted, wanted_films
-from model.generate import Models
+from model.generate import Models, load_models
 from model.sampling import Schedule, TextCondition
 from model.text import TextEncoder
 from pipeline.arithmetic import Grid, grid_of
 from pipeline.drift import measure_drift
-from pipeline.facts import LoraChoice, RenderFacts, load_render_facts
+from pipeline.facts import Attention, LoraChoice, RenderFacts, load_render_facts
 from pipeline.measure import FilmMeter
 from pipeline.seams import Seam, score_seams, stand_out
 
@@ -84,18 +84,17 @@ class Studio:
         """Rows and columns of latents."""
         return size[0] // self.facts.vae_spatial, size[1] // self.facts.vae_spatial
 
-    def load_chain(self, vae_dtype: torch.dtype) -> Models:
+    def load_chain(self) -> Models:
         """The few-step weights of stage one."""
-        return self._load(self.facts.quality.draft.loras, "dense", vae_dtype)
+        return self._load(self.facts.quality.draft.loras, self.facts.chain_attention)
 
     def load_refine(self) -> Models:
         """The weights of refinement."""
-        return self._load(self.facts.refine.loras, self.facts.refine.attention, self.dtype)
+        return self._load(self.facts.refine.loras, self.facts.refine.attention)
 
-    def _load(self, loras: Sequence[LoraChoice], attention: Any, vae_dtype: torch.dtype) -> Models:
+    def _load(self, loras: Sequence[LoraChoice], attention: Attention) -> Models:
         files = [(self.folder / lora.file, lora.strength) for lora in loras]
-        dit = load_dit(self.folder, device="cpu", dtype=self.dtype, loras=files, attention=attention)
-        return Models(dit, load_vae(self.folder, device="cpu", dtype=vae_dtype), torch.device("cpu"), self.dtype)
+        return load_models(self.folder, role_loras=files, attention=attention, device="cpu", dtype=self.dtype)
 
 
 def open_studio(folder: Path, dtype: str) -> Studio:

@@ -5,8 +5,6 @@
 Prints the table of docs/handoff.md; can be stopped and started again. No Ray: network, autoencoder, sampler, noise
 and metrics are the renderer's own, only the ways of handing on live here.
 
-The autoencoder runs in fp32 whatever the network's type, since its round trip is what is measured.
-
 Legend: video [1,3,n,h,w] in [-1,1]; frames uint8 [n,h,w,3]; latents [1,16,T,H,W].
 """
 
@@ -138,7 +136,7 @@ def anchored(models: Models, ended: Ended, count: int, strength: float) -> Tenso
 
 def _encoded(models: Models, video: Tensor) -> Tensor:
     with torch.no_grad():
-        return models.vae.encode(video).float()
+        return models.vae.encode(video.to(models.dtype)).float()
 
 
 VARIANTS: dict[str, HandOff] = {
@@ -211,7 +209,7 @@ def _segment(
 def decode(models: Models, x: Tensor) -> Tensor:
     """The video of latents, before it is rounded to 8 bits."""
     with torch.no_grad():
-        return models.vae.decode(x)
+        return models.vae.decode(x.to(models.dtype)).float()
 
 
 def measured(
@@ -251,7 +249,7 @@ def run(studio: Studio, folder: Path, count: int, minutes: float, variants: list
 
     @functools.cache
     def models() -> Models:
-        return studio.load_chain(torch.float32)
+        return studio.load_chain()
 
     for number, wanted in enumerate(films(count)):
         for variant in variants:
@@ -299,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--films", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the transformer")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the networks")
     parser.add_argument("--out", type=Path, default=Path("runs/handoff"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

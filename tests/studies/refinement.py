@@ -366,7 +366,7 @@ def run(studio: Studio, folder: Path, count: int, windows: int, variants: list[s
         def refinery(
             prompt: str = wanted.prompt, name: str = f"refinement/{number}", tensors: Path = place / "tensors"
         ) -> Refinery:
-            models = studio.load_chain(studio.dtype)
+            models = studio.load_chain()
             film = kept(
                 tensors / "stage one.safetensors",
                 lambda: {"frames": stage_one_film(studio, models, prompt, name, windows)},
