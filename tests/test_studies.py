@@ -158,7 +158,7 @@ def test_a_study_goes_on_where_it_was(
     files = sorted(tmp_path.rglob("*.json"))
     assert len(files) == 4
     stamps = [file.stat().st_mtime_ns for file in files[1:]]
-    segments = sorted(files[0].with_suffix("").glob("*.safetensors"))
+    segments = sorted((files[0].parent / "pixels").glob("*.safetensors"))
     assert len(segments) == 2
     kept_stamp = segments[0].stat().st_mtime_ns
     files[0].unlink()

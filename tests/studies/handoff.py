@@ -253,12 +253,13 @@ def run(studio: Studio, folder: Path, count: int, minutes: float, variants: list
 
     for number, wanted in enumerate(films(count)):
         for variant in variants:
-            place = folder / f"{minutes:g} minutes" / f"film {number}" / variant
+            # The segments of a shorter chain are the first ones of a longer one.
+            place = folder / f"film {number}" / variant
 
             def make(w: Wanted = wanted, n: str = f"handoff/{number}", v: str = variant, at: Path = place) -> Result:
                 return measured(studio, models(), w, n, frames, v, at)
 
-            results[variant].append(cached(place.parent / f"{variant}.json", make))
+            results[variant].append(cached(place.parent / f"{variant}, {minutes:g} minutes.json", make))
             print(f"film {number + 1}/{count} {variant}: {_line(results[variant][-1])}", file=sys.stderr, flush=True)
     return results
 
