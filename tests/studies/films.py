@@ -205,7 +205,8 @@ class Mean:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        interval = f" [{self.low:.2f}, {self.high:.2f}]" if math.isfinite(self.low) else ""
+        return f"{self.value:.2f}{interval}"
 
 
 # Student's t for 95 %, two-sided, by degrees of freedom (W. S. Gosset 1908); between two entries the smaller counts.
