@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.generate import Models
+from model.generate import Models, RefineRequest, refine_window
+from pipeline.params import noise_seeds
 from tests.studies import handoff, refinement
 from tests.studies.films import Studio, cached, films, markdown, mean_of, open_studio
 from tests.studies.handoff import Ended, colours_of, pull_colours
@@ -90,6 +91,29 @@ def test_a_window_in_a_chain_begins_with_the_latents_of_the_refined_frames(refin
     x, given = refinery.start_after(1, tail)
     assert given == 8
     assert torch.equal(refinery.between(1, tail, None)[:, :, :given], x[:, :, :given])
+
+
+def test_a_window_in_a_chain_is_the_one_that_the_renderer_makes(refinery: Refinery) -> None:
+    studio, grid = refinery.studio, refinery.grid
+    tail = refinery.shared_frames(0)[refinery.tail]
+    shape = grid.window_shape(len(tail))
+    first = grid.window_hop_latents - shape.front_latents
+    noise = {"seed": 0, "noise_id": "film", "stage": "two", "first_latent": first, "count": shape.latents, "redo": 0}
+    text = studio.condition("")
+    request = RefineRequest(
+        stage_one=refinery.stage_one[grid.new_frames : grid.new_frames + grid.segment_frames],
+        times=[min(j / grid.ratio, grid.segment_frames - 1.0) for j in range(shape.frames)],
+        height_px=studio.refined_px[0],
+        width_px=studio.refined_px[1],
+        cond_frames=tail,
+        noise_seeds=noise_seeds(noise),
+        text=text.text[0],
+        text_mask=text.mask[0],
+        schedule=refinery.schedule,
+    )
+    rendered = refine_window(refinery.models, request)
+    assert torch.equal(rendered.latents, refinery.between(1, tail, None)[0])
+    assert rendered.front_frames == refinery.padding(len(tail))
 
 
 # ------------------------------------------------------------------------------------------------------ the hand-off

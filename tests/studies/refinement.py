@@ -57,7 +57,7 @@ class Refinery:
     ) -> None:
         self.studio, self.models, self.name, self.windows, self._folder = studio, models, name, windows, folder
         self.grid, self.schedule = studio.grid, studio.refine_schedule
-        self._stage_one = stage_one
+        self.stage_one = stage_one
         self._text = studio.condition("")
 
     def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -86,7 +86,7 @@ class Refinery:
     def _encode(self, index: int, given: int) -> Tensor:
         shape = self.grid.window_shape(given)
         begin = index * self.grid.new_frames
-        piece = self._stage_one[begin : begin + self.grid.segment_frames]
+        piece = self.stage_one[begin : begin + self.grid.segment_frames]
         times = [min(j / self.grid.ratio, float(len(piece) - 1)) for j in range(shape.frames)]
         padding = [0.0] * self.padding(given)
         return encode_resampled(self.models.vae, piece, padding + times, *self.studio.refined_px)[None]
