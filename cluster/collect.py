@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -39,15 +40,18 @@ def print_collection(place: str, store: str | None, *, dry_run: bool, orphans: b
         last = ledger.holder()
         garbage = _look(render, ledger.load(), last.epoch + 1 if last else 1, orphans=orphans)
     else:
-        garbage = _collect(render, ledger, orphans=orphans)
+        garbage = collect(render, ledger, lambda state, epoch: _look(render, state, epoch, orphans=orphans))
     _tell(render, garbage, dry_run=dry_run, as_json=as_json)
     return 0
 
 
-def _collect(render: Store, ledger: Ledger, *, orphans: bool) -> Garbage:
-    epoch = ledger.take_lease()
+def collect(
+    render: Store, ledger: Ledger, look: Callable[[LedgerState, int], Garbage], *, watch_s: float = 30.0
+) -> Garbage:
+    """Delete what `look` finds in the state under our epoch, in an order that a crash may end anywhere."""
+    epoch = ledger.take_lease(watch_s=watch_s)
     try:
-        garbage = _look(render, ledger.load(), epoch, orphans=orphans)
+        garbage = look(ledger.load(), epoch)
         if garbage.orphans:
             ledger.journal(garbage.orphans)
         for number, file in enumerate(garbage.files):

@@ -2,7 +2,8 @@
 
 Exit code 1, the seed and a replay command if anything that must hold does not. `--every-boundary` crashes one
 render of each film at every single store boundary instead; with `--plot`, a render that a person pauses, cancels,
-has parts of made again or starts over.
+has parts of made again or starts over, of which another take is picked or a shot locked, or whose garbage is
+collected.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections import Counter
 
 from tests.simulated import Plot, World
 
-PLOTS: tuple[Plot, ...] = ("pause", "cancel", "retry", "redo", "fresh")
+PLOTS: tuple[Plot, ...] = ("pause", "cancel", "retry", "redo", "fresh", "pick", "lock", "gc")
 
 
 def main(arguments: list[str] | None = None) -> int:

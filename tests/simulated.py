@@ -4,7 +4,8 @@ The real plan, machine, carrier and ledger run in it. The world plays everything
 crashes the driver before and after any store operation, starts a second driver in the middle of one, loses
 workers and nodes, lets lost workers go on and answer late, delays, doubles and reorders events, loses the
 store's answers, fills the disk, flips bits, tears records, lets the clock jump, asks renders to stop, and lets
-people pause, cancel and retry them, have parts made again, and start over.
+people pause, cancel and retry them, have parts made again, pick takes, lock shots, come with another checkpoint,
+collect garbage, and start over.
 
 What must hold is checked as it happens (`World.require`) and at the end (`World.check_end`).
 """
@@ -22,8 +23,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from cluster.collect import collect
 from pipeline.carrier import carry_out
-from pipeline.errors import LongtakeError, StoreError, StoreFull
+from pipeline.errors import LongtakeError, SettingError, StoreError, StoreFull
 from pipeline.events import (
     Asked,
     Event,
@@ -40,22 +42,38 @@ from pipeline.events import (
     WorkerReady,
     fault_of,
 )
-from pipeline.facts import CheckpointFacts, Facts
-from pipeline.journal import AttemptStarted, RedoRequested, RequestTaken, TaskReset, entry_from_json
+from pipeline.facts import CheckpointFacts, Facts, Overrides, ShotLock
+from pipeline.garbage import Garbage, find_garbage
+from pipeline.journal import (
+    AttemptStarted,
+    JournalEntry,
+    RedoRequested,
+    RequestTaken,
+    ShotLocked,
+    ShotUnlocked,
+    TakePicked,
+    TaskReset,
+    entry_from_json,
+)
 from pipeline.lease import Owner, lease_path
 from pipeline.ledger import Ledger, LedgerState
+from pipeline.locks import lock_shot
 from pipeline.machine import Budgets, Machine, Timeouts
 from pipeline.plan import Plan, plan_film
 from pipeline.records import TornRecord, commit_from_json, unseal
 from pipeline.requests import Request, RequestKind, entries_for, new_requests, put_request
 from pipeline.spec import parse_spec
 from pipeline.store import Store, StoredFile, check_artifact, corrupt
-from pipeline.tasks import ArtifactFile, Order, Produced, Role
+from pipeline.tasks import ArtifactFile, Order, Produced, Role, Task
 
 T = TypeVar("T")
 TICK_S = 5.0
-REQUESTS: tuple[RequestKind, ...] = ("pause", "cancel", "retry", "redo", "redo", "redo")
-Plot = RequestKind | Literal["fresh", ""]
+REQUESTS: tuple[RequestKind, ...] = (
+    "pause", "cancel", "retry", "redo", "redo", "redo", "pick", "lock", "lock", "unlock",
+)  # fmt: skip
+Plot = RequestKind | Literal["fresh", "gc", ""]
+SECOND_ACTS: tuple[Plot, ...] = ("pick", "lock", "gc")
+"""Plots that begin when the film is there."""
 ASKED_AFTER = 3
 """Commits after which the person of a world with a plot asks."""
 LIMIT_S = 500_000.0
@@ -98,6 +116,9 @@ class Troubles:
     quality: float = 0.0
     asked: float = 0.0
     fresh: float = 0.0
+    afterthought: float = 0.0
+    gc: float = 0.0
+    checkpoint: float = 0.0
 
     @staticmethod
     def draw(rng: random.Random) -> Troubles:
@@ -108,7 +129,7 @@ class Troubles:
             "worker_loss": 0.05, "node_loss": 0.3, "zombie": 0.5, "hang": 0.03, "task_fault": 0.05,
             "load_fault": 0.1, "short_write": 0.03, "bit_flip": 0.02, "torn_record": 0.02, "late": 0.1,
             "twice": 0.1, "clock_jump": 0.02, "stop": 0.01, "drain": 0.3, "quality": 0.02,
-            "asked": 0.02, "fresh": 0.2,
+            "asked": 0.02, "fresh": 0.2, "afterthought": 0.4, "gc": 0.004, "checkpoint": 0.2,
         }  # fmt: skip
         for name, rate in rates.items():
             if rng.random() < 0.4:
@@ -116,9 +137,33 @@ class Troubles:
         return troubles
 
 
+@dataclass(frozen=True)
+class Version:
+    """What a plan of one film depends on: the checkpoint, and the overrides in a form that can be a key."""
+
+    checkpoint: int = 0
+    redo: tuple[tuple[str, int], ...] = ()
+    picked: tuple[tuple[str, int], ...] = ()
+    locks: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]], ...] = ()
+
+    @staticmethod
+    def of(overrides: Overrides, checkpoint: int) -> Version:
+        locks = (
+            (shot_id, tuple(sorted(lock.tasks.items())), tuple(sorted(lock.labels.items())))
+            for shot_id, lock in sorted(overrides.locks.items())
+        )
+        redo, picked = sorted(overrides.redo.items()), sorted(overrides.picked.items())
+        return Version(checkpoint, tuple(redo), tuple(picked), tuple(locks))
+
+    def facts(self) -> Facts:
+        locks = {shot_id: ShotLock(dict(tasks), dict(labels)) for shot_id, tasks, labels in self.locks}
+        checkpoint = CheckpointFacts("pocket", "def"[self.checkpoint] * 64)
+        return Facts(checkpoint, redo=dict(self.redo), picked=dict(self.picked), locks=locks)
+
+
 @lru_cache(maxsize=256)
-def plan_of(number: int, redo: tuple[tuple[str, int], ...] = ()) -> Plan:
-    """One of a few dozen small films, under redo generations."""
+def plan_of(number: int, version: Version) -> Plan:
+    """One of a few dozen small films. SettingError where a lock and what was asked since do not go together."""
     rng = random.Random(number)
     shots: list[dict[str, object]] = []
     for position in range(rng.choice([1, 1, 2, 3])):
@@ -133,8 +178,7 @@ def plan_of(number: int, redo: tuple[tuple[str, int], ...] = ()) -> Plan:
         shots.append(shot)
     refinement = rng.choice(["parallel", "parallel", "chained", "none"])
     spec = {"title": f"film {number}", "refinement": refinement, "shots": shots}
-    facts = Facts(CheckpointFacts("pocket", "d" * 64), redo=dict(redo))
-    return plan_film(parse_spec(json.dumps(spec)), facts)
+    return plan_film(parse_spec(json.dumps(spec)), version.facts())
 
 
 def artifact_of(task_id: str, inputs: Iterable[bytes]) -> bytes:
@@ -150,23 +194,30 @@ def task_of(commit_path: str) -> str:
     return commit_path.removeprefix("commits/").partition(".")[0]
 
 
-@lru_cache(maxsize=256)
-def true_artifacts(number: int, redo: tuple[tuple[str, int], ...]) -> Mapping[str, bytes]:
-    """The artifact of every task of a plan without faults."""
+def true_artifacts(plan: Plan, before: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The artifact of every task of a plan without faults; what is locked in it was made `before`."""
     made: dict[str, bytes] = {}
-    for task in plan_of(number, redo).tasks.values():
-        made[task.id] = artifact_of(task.id, (made[input_id] for input_id in task.inputs))
+    for task in plan.tasks.values():
+        fresh = artifact_of(task.id, (made[input_id] for input_id in task.inputs))
+        made[task.id] = before[task.id] if task.locked else fresh
     return made
 
 
-def _redo(state: LedgerState) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(state.redo.items()))
+def _needed(plan: Plan) -> set[str]:
+    """The film's task and all it needs; what only locked tasks would need is not made again."""
+    needed, queue = set[str](), [plan.film_task_id]
+    while queue:
+        task = plan.tasks[queue.pop()]
+        if task.id not in needed:
+            needed.add(task.id)
+            queue += () if task.locked else task.inputs
+    return needed
 
 
 class SimStore(Store):
     """The world's disk as one process sees it; `actor` is None for the checker, who is never disturbed."""
 
-    def __init__(self, world: World, actor: Driver | Worker | None) -> None:
+    def __init__(self, world: World, actor: Actor | None) -> None:
         self.url = "simulated"
         self._world, self._actor = world, actor
 
@@ -237,6 +288,31 @@ class SimStore(Store):
         result = operation()
         self._world.boundary(self._actor, path, acknowledged=True)
         return result
+
+
+@dataclass(eq=False)
+class Person:
+    """Somebody who runs a command that holds the lease for a moment, and runs it again when it crashes."""
+
+    world: World
+
+    def run(self, command: Callable[[Ledger], None]) -> None:
+        """Run it to its end; what is refused (SettingError) is given up."""
+        for _ in range(MOST_RUNS):
+            self.world.full = False
+            store = SimStore(self.world, self)
+            ledger = Ledger(
+                store, clock=lambda: self.world.time_s, sleep=self.world.sleep, owner=Owner("person", 0)
+            )
+            try:
+                command(ledger)
+            except (Crash, LongtakeError) as error:
+                self.world.trace(f"a person's command ended: {type(error).__name__} {error}")
+                if isinstance(error, SettingError):
+                    return
+            else:
+                return
+        self.world.require(False, "a person's command does not end")
 
 
 @dataclass(eq=False)
@@ -362,7 +438,7 @@ class Driver:
         self.workers: dict[str, Worker] = {}
         self.hired = 0
         self.lost_nodes: set[str] = set()
-        self.redo: tuple[tuple[str, int], ...] = ()
+        self.version = Version(world.checkpoint)
         self.loaded: set[str] = set()
         self.committed: set[str] = set()
         self.heard: set[str] = set()
@@ -384,15 +460,14 @@ class Driver:
         epoch = self.ledger.take_lease(watch_s=0, fresh=fresh)
         state = self.ledger.load()
         self.ledger.pin_numerics({"torch": "1"})
+        self.version = Version.of(state.overrides, self.world.checkpoint)
+        tasks = self.world.plan(self.version).tasks
         if retry:
-            labels = {task.id: task.label for task in plan_of(self.world.film, _redo(state)).tasks.values()}
+            labels = {task.id: task.label for task in tasks.values()}
             failed = [TaskReset(i, labels.get(i, "")) for i in state.logs if i not in state.commits]
             self.ledger.journal(failed)
             for entry in failed:
                 state.apply(entry)
-        self.redo = _redo(state)
-        self.world.spread_taint()
-        tasks = plan_of(self.world.film, self.redo).tasks
         budgets = Budgets(quality=50, invalidations=50)
         self.machine = Machine(tasks, state, epoch=epoch, timeouts=TIMEOUTS, budgets=budgets)
         self.loaded = set(state.commits)
@@ -410,6 +485,8 @@ class Driver:
             self.world.offset_s += self.world.rng.choice([-3600.0, 3600.0])
         if self.world.strikes("asked"):
             self.world.ask(self.world.rng.choice(REQUESTS))
+        if not self.busy and self.world.strikes("gc"):
+            self.world.collect_garbage()
         if not self.busy:
             self._guard(self.hear)
         if self.world.strikes("stop"):
@@ -503,9 +580,8 @@ class Driver:
 
     def replan(self, cause: str) -> None:
         assert self.machine is not None
-        self.redo = tuple(sorted(self.machine.overrides.redo.items()))
-        self.world.spread_taint()
-        self.machine.replace_plan(plan_of(self.world.film, self.redo).tasks)
+        self.version = Version.of(self.machine.overrides, self.version.checkpoint)
+        self.machine.replace_plan(self.world.plan(self.version).tasks)
 
     def note(self, message: str, warning: bool) -> None:
         self.world.trace(f"{self.name}: {message}")
@@ -519,11 +595,17 @@ class Driver:
             worker.dead = not self.world.strikes("zombie")
 
 
+Actor = Driver | Worker | Person
+
+
 @dataclass
 class World:
     """One seed's world. `crash_at`: crash at exactly this store boundary of the run and nowhere else.
 
-    `plot`: what a person asks for when the first few tasks are committed; `fresh`: pause, then start over.
+    `plot`: what a person asks for when the first few tasks are committed; `fresh`: pause, then start over. The
+    plots of SECOND_ACTS begin when the film is there: another take is picked; a shot is locked and another
+    checkpoint comes; another checkpoint comes, what the film does not need any more is deleted, and the first
+    checkpoint comes back.
     """
 
     seed: int
@@ -538,8 +620,13 @@ class World:
     full: bool = False
     tainted: set[str] = field(default_factory=set)
     """Tasks whose bytes or records the world damaged, with what depends on them: to be rendered again."""
-    plans: set[tuple[tuple[str, int], ...]] = field(default_factory=set)
-    """The redo generations of every plan there has been."""
+    checkpoint: int = 0
+    plans: dict[Version, Plan] = field(default_factory=dict)
+    """Every plan there has been."""
+    truth: dict[str, bytes] = field(default_factory=dict)
+    """The fault-free artifact of every task of these plans."""
+    collected: set[str] = field(default_factory=set)
+    """Files that were deleted as garbage."""
     journalled: set[tuple[str, int, int]] = field(default_factory=set)
     happened: Counter[str] = field(default_factory=Counter)
 
@@ -552,7 +639,8 @@ class World:
         self.drivers: list[Driver] = []
         self.requests: list[tuple[int, Request]] = []
         """Those a person has left, with the epoch they are addressed to."""
-        self._plot_due = bool(self.plot)
+        self._plot_due = bool(self.plot) and self.plot not in SECOND_ACTS
+        self._acts = [self._second_act, self._third_act] if self.plot in SECOND_ACTS else []
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._events = 0
         self._nesting = 0
@@ -591,13 +679,17 @@ class World:
         self.trace(f"! {trouble}")
         return True
 
-    def boundary(self, actor: Driver | Worker, path: str, *, acknowledged: bool) -> None:
+    def boundary(self, actor: Actor, path: str, *, acknowledged: bool) -> None:
         """Between two steps of the store: anything may break here."""
         self.boundaries += 1
         if self.boundaries == self.crash_at or self.strikes("crash"):
             raise Crash
         if isinstance(actor, Driver) and not acknowledged and not self._nesting and self.strikes("second_driver"):
             self._second_driver()
+        if isinstance(actor, Driver) and not acknowledged and not self._nesting and self.strikes("gc"):
+            self._nesting += 1
+            self.collect_garbage()
+            self._nesting -= 1
         if acknowledged:
             if self.strikes("lost_answer"):
                 raise StoreError(f"{path}: the answer was lost")
@@ -624,39 +716,135 @@ class World:
     # People
 
     def ask(self, kind: RequestKind) -> None:
-        """A person leaves a request for whoever renders now."""
+        """A person leaves a request for whoever renders now; what the command would refuse is not asked."""
         driver = self.drivers[-1]
-        entries: tuple[RedoRequested, ...] = ()
-        if kind == "redo":
-            tasks = plan_of(self.film, driver.redo).tasks.values()
-            label = self.rng.choice([task.label for task in tasks if task.kind in ("segment", "window")])
-            entries = (RedoRequested(label, 1, "again", asked=True),)
+        state = self._look()
+        try:
+            entries = self._wish(kind, self.plan(Version.of(state.overrides, driver.version.checkpoint)), state)
+        except SettingError as error:
+            self.trace(f"{kind} refused: {error}")
+            return
         request = Request(f"{len(self.requests):04d}", kind, entries)
-        self.trace(f"somebody asks: {kind} {[entry.scope for entry in entries]}")
+        self.trace(f"somebody asks: {kind} {entries}")
+        self.happened[f"{kind} asked"] += 1
         if driver.ledger.epoch:
             put_request(SimStore(self, None), driver.ledger.epoch, request)
             self.requests.append((driver.ledger.epoch, request))
 
+    def _look(self) -> LedgerState:
+        return Ledger(SimStore(self, None), owner=Owner("checker", 0)).load()
+
+    def _wish(self, kind: RequestKind, plan: Plan, state: LedgerState) -> tuple[JournalEntry, ...]:
+        """What the commands make of it, see cluster.ask and cluster.versions."""
+        shot_id = self.rng.choice([shot.id for shot in plan.shots])
+        match kind:
+            case "redo":
+                tasks = plan.tasks.values()
+                free = [t.label for t in tasks if t.kind in ("segment", "window") and not t.locked]
+                if not free:
+                    raise SettingError("everything is locked")
+                return (RedoRequested(self.rng.choice(free), 1, "again", asked=True),)
+            case "pick":
+                if shot_id in state.locks:
+                    raise SettingError("is locked in the take it has")
+                return (TakePicked(shot_id, self.rng.choice([1, 2])),)
+            case "lock":
+                lock = lock_shot(shot_id, plan.tasks, state.commits, state.locks)
+                return (ShotLocked(shot_id, lock.tasks, lock.labels),)
+            case "unlock":
+                if not state.locks:
+                    raise SettingError("is not locked")
+                return (ShotUnlocked(self.rng.choice(sorted(state.locks))),)
+        return ()
+
     def take_in_late(self) -> None:
         """What nobody has heard of before its render ended, the person's own command journals."""
-        person = Ledger(SimStore(self, None), clock=lambda: self.time_s, owner=Owner("person", 0))
-        state = person.load()
-        plan = plan_of(self.film, _redo(state))
-        left = [r for epoch, r in self.requests if r.id not in state.requests and r.kind in ("retry", "redo")]
-        if left:
-            person.take_lease(watch_s=0)
-        for request in left:
-            entries = entries_for(request, state, plan.tasks.values(), person.epoch)
-            person.journal(entries)
-            for entry in entries:
-                state.apply(entry)
+
+        def take_in(ledger: Ledger) -> None:
+            state = ledger.load()
+            late = [r for epoch, r in self.requests if r.id not in state.requests and r.kind not in ("pause", "cancel")]
+            if not late:
+                return
+            epoch = ledger.take_lease(watch_s=0)
+            state = ledger.load()
+            for request in late:
+                entries = entries_for(request, state, self._tasks(state), epoch)
+                if entries:
+                    ledger.journal(entries)
+                for entry in entries:
+                    state.apply(entry)
+            ledger.release_lease()
+
+        Person(self).run(take_in)
+
+    def _tasks(self, state: LedgerState) -> list[Task]:
+        """The plan's tasks; without the locks where it cannot be made with them."""
+        try:
+            plan = self.plan(Version.of(state.overrides, self.checkpoint))
+        except SettingError:
+            plan = self.plan(Version.of(replace(state.overrides, locks={}), self.checkpoint))
+        return list(plan.tasks.values())
+
+    def unlock(self) -> None:
+        """What the message asks for when a lock and a redo or pick that came at the same time contradict."""
+
+        def give_up_locks(ledger: Ledger) -> None:
+            ledger.take_lease(watch_s=0)
+            locks = sorted(ledger.load().locks)
+            if locks:
+                ledger.journal([ShotUnlocked(shot_id) for shot_id in locks])
+            ledger.release_lease()
+
+        Person(self).run(give_up_locks)
+
+    def collect_garbage(self, *, orphans: bool | None = None) -> None:
+        """`longtake gc`, beside whoever renders: what it finds, it takes the lease for."""
+        with_orphans = self.rng.random() < 0.5 if orphans is None else orphans
+
+        def look(state: LedgerState, epoch: int) -> Garbage:
+            needed = [task.id for task in self._tasks(state)]
+            files = SimStore(self, None).list()
+            return find_garbage(files, state, needed, (), epoch, orphans=with_orphans)
+
+        def run(ledger: Ledger) -> None:
+            found = collect(ledger.store, ledger, look, watch_s=0)
+            self.trace(f"garbage: {len(found.files)} files, {len(found.orphans)} orphans")
+
+        Person(self).run(run)
+
+    def _think_again(self) -> None:
+        """The film is there, and somebody wants something else of it."""
+        self.ask(self.rng.choice(["pick", "lock", "redo", "unlock"]))
+        if self.rng.random() < 0.5:
+            self.checkpoint = self.rng.randrange(3)
+        self.take_in_late()
+
+    def _second_act(self) -> None:
+        if self.plot == "pick":
+            self.ask("pick")
+        if self.plot == "lock":
+            self.ask("lock")
+            self.require(bool(self.requests), "nothing was locked")
+        if self.plot != "pick":
+            self.checkpoint = 1
+        self.take_in_late()
+
+    def _third_act(self) -> None:
+        if self.plot == "gc":
+            self.collect_garbage(orphans=True)
+            self.checkpoint = 0
 
     def _check_requests(self, state: LedgerState, ledger: Ledger) -> None:
         """Every request was taken in once, and every redo that was asked for raised its generation once."""
         history = [entry for _, entry in ledger.history()]
         taken = [entry.request_id for entry in history if isinstance(entry, RequestTaken)]
         self.require(len(taken) == len(set(taken)), "a request was taken in twice")
-        asked = sum(len(request.entries) for _, request in self.requests)
+        wished = [entry for _, request in self.requests for entry in request.entries]
+        for kind in (TakePicked, ShotLocked):
+            wanted = Counter(entry.shot_id for entry in wished if isinstance(entry, kind))
+            found = Counter(entry.shot_id for entry in history if isinstance(entry, kind))
+            self.require(wanted == found, f"{kind.__name__}: asked {wanted}, written {found}")
+        asked = sum(isinstance(entry, RedoRequested) for entry in wished)
         redone = [entry for entry in history if isinstance(entry, RedoRequested)]
         self.require(asked == sum(entry.asked for entry in redone), "a redo was lost or done twice")
         # One that is being taken over may still write down a redo that its successor does not know of; both then
@@ -676,6 +864,8 @@ class World:
         path = next(path for path in self.commit_paths() if task_of(path) == task_id)
         if flip:
             path = commit_from_json(unseal(self.files[path])).files[0].path
+        if path not in self.files:
+            return  # a record that does not count any more, and whose bytes are collected
         data = self.files[path]
         cut = self.rng.randrange(len(data))
         self.files[path] = data[:cut] + bytes([data[cut] ^ 1]) + data[cut + 1 :] if flip else data[:cut]
@@ -687,11 +877,19 @@ class World:
         """To all that depends on something tainted, in all plans that drivers have had: an order of a plan that
         was replaced may still have been committed.
         """
-        self.plans |= {driver.redo for driver in self.drivers}
-        for redo in self.plans:
-            for task in plan_of(self.film, redo).tasks.values():
-                if self.tainted.intersection(task.inputs):
+        for plan in self.plans.values():
+            for task in plan.tasks.values():
+                if not task.locked and self.tainted.intersection(task.inputs):
                     self.tainted.add(task.id)
+
+    def plan(self, version: Version) -> Plan:
+        """The plan under a version; from now on it is one of those that there have been."""
+        if version not in self.plans:
+            plan = plan_of(self.film, version)
+            self.truth |= true_artifacts(plan, self.truth)
+            self.plans[version] = plan
+            self.spread_taint()
+        return self.plans[version]
 
     def lose_worker(self, worker: Worker, *, certainly: bool = False) -> None:
         """It dies, alone or with its node; or it is only thought dead and goes on."""
@@ -725,7 +923,7 @@ class World:
     def put(self, path: str, data: bytes) -> None:
         self.files[path] = data
 
-    def create(self, path: str, data: bytes, actor: Driver | Worker | None) -> bool:
+    def create(self, path: str, data: bytes, actor: Actor | None) -> bool:
         if path in self.files:
             return False
         if path.startswith("journal/"):
@@ -746,6 +944,7 @@ class World:
     def delete(self, path: str) -> None:
         self.require(not path.startswith("commits/"), f"{path}: a commit was deleted")
         self.files.pop(path, None)
+        self.collected.add(path)
 
     def commit_paths(self) -> list[str]:
         """Commit records that can be read, later generations first."""
@@ -769,6 +968,12 @@ class World:
         record = commit_from_json(unseal(data))
         for file in record.files:
             found = self.files.get(file.path, b"")
+            if file.path in self.collected and not found:
+                # The commit of one that was taken over by `gc` in this very moment: found missing when it is used.
+                self.happened["commit without bytes"] += 1
+                self.tainted.add(record.task_id)
+                self.spread_taint()
+                continue
             self.require(len(found) == file.size_bytes, f"{file.path} was committed short")
         for input_id in record.inputs_sha256:
             known = f"commits/{input_id}.json" in self.files or input_id in self.tainted
@@ -778,6 +983,7 @@ class World:
         """Journalled before it is sent; nothing committed is done again."""
         if driver.superseded:
             return  # one that has lost its lease without knowing it yet: harmless, see check_end
+        self.require(not order.task.locked, f"{order.task.label} is locked and was sent")
         found = (order.task.id, order.attempt, order.epoch) in self.journalled
         self.require(found, f"{order.task.label} was sent before it was journalled")
         # A commit that a driver being taken over had begun may land after its successor has looked.
@@ -790,13 +996,12 @@ class World:
         ledger = Ledger(SimStore(self, None), owner=Owner("checker", 0))
         state = ledger.load()
         self._check_requests(state, ledger)
-        redo = _redo(state)
-        plan, truth = plan_of(self.film, redo), true_artifacts(self.film, redo)
+        plan = self.plan(Version.of(state.overrides, self.checkpoint))
         for task_id, record in state.commits.items():
-            if task_id in truth and task_id not in self.tainted:
+            if task_id not in self.tainted:
                 data = self.files[record.files[0].path]
-                self.require(data == truth[task_id], f"{task_id} differs from the fault-free one")
-        missing = set(plan.tasks) - set(state.commits) - self.tainted
+                self.require(data == self.truth[task_id], f"{task_id} differs from the fault-free one")
+        missing = _needed(plan) - set(state.commits) - self.tainted
         self.require(not missing, f"forgotten: {sorted(missing)}")
         for problem in ledger.verify().problems:
             self.require(problem.task_id in self.tainted, f"verify: {problem}")
@@ -814,13 +1019,24 @@ class World:
         for run in range(MOST_RUNS):
             self.full = False
             fresh = (self.plot == "fresh" and run == 1) or (run > 0 and self.strikes("fresh"))
+            if run > 0 and self.strikes("checkpoint"):
+                self.checkpoint = self.rng.randrange(3)
             self.begin_driver(retry=retry, fresh=fresh)
             while not (self.drivers[-1].dead or self.drivers[-1].outcome) and self.step():
                 pass
             code, message = self.drivers[-1].outcome or (137, "crashed")
             self.take_in_late()
+            if "was ordered otherwise" in message:
+                self.unlock()
+            if self.strikes("gc"):
+                self.collect_garbage()
             if code == 0 and not self._film_missing():
-                break
+                if self._acts:
+                    self._acts.pop(0)()
+                elif not self.strikes("afterthought"):
+                    break
+                else:
+                    self._think_again()
             retry = "longtake retry" in message
             self.time_s += self.rng.uniform(1, 100)
         self.require(code == 0, f"no film after {MOST_RUNS} runs, last: {code} {message}")
@@ -831,9 +1047,14 @@ class World:
         return self
 
     def _film_missing(self) -> bool:
-        """Whether a redo that came late has made the film another one."""
-        state = Ledger(SimStore(self, None), owner=Owner("checker", 0)).load()
-        return plan_of(self.film, _redo(state)).film_task_id not in state.commits | dict.fromkeys(self.tainted)
+        """Whether what was asked late has made the film another one."""
+        state = self._look()
+        try:
+            plan = self.plan(Version.of(state.overrides, self.checkpoint))
+        except SettingError:
+            self.unlock()
+            return True
+        return plan.film_task_id not in state.commits | dict.fromkeys(self.tainted)
 
     def _let_zombies_end(self) -> None:
         """Drivers that were taken over, and workers thought lost, do what they still can."""
