@@ -47,9 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def every_boundary(seed: int, plot: Plot = "") -> list[World]:
-    """The film of a seed, crashed at each boundary of a run in which nothing else goes wrong."""
+    """The film of a seed, crashed at each boundary of a run in which nothing else goes wrong.
+
+    Of a plot that begins when the film is there, the boundaries from then on.
+    """
     clean = World(seed, crash_at=0, plot=plot).run()
-    return [World(seed, crash_at=boundary, plot=plot) for boundary in range(1, clean.boundaries + 1)]
+    boundaries = range(clean.act_boundary + 1, clean.boundaries + 1)
+    return [World(seed, crash_at=boundary, plot=plot) for boundary in boundaries]
 
 
 def report(world: World, error: Exception) -> None:

@@ -616,6 +616,8 @@ class World:
     time_s: float = 0.0
     offset_s: float = 0.0
     boundaries: int = 0
+    act_boundary: int = 0
+    """Where the second act began."""
     refreshes: int = 0
     full: bool = False
     tainted: set[str] = field(default_factory=set)
@@ -820,6 +822,7 @@ class World:
         self.take_in_late()
 
     def _second_act(self) -> None:
+        self.act_boundary = self.boundaries
         if self.plot == "pick":
             self.ask("pick")
         if self.plot == "lock":

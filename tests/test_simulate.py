@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from tests.simulate import PLOTS, every_boundary, main
-from tests.simulated import Plot, Violation, World
+from tests.simulated import SECOND_ACTS, Plot, Violation, World
 
 SEEDS = 200
 
@@ -33,9 +33,10 @@ def test_a_crash_at_any_store_boundary_loses_and_doubles_nothing() -> None:
 def test_a_crash_at_any_boundary_around_a_persons_request_loses_and_doubles_nothing(plot: Plot) -> None:
     worlds = every_boundary(2, plot)
     assert len(worlds) > 50
-    for world in worlds:
+    # Of the long plots a part; `python -m tests.simulate --every-boundary --plot lock` does them all.
+    for world in worlds[:: len(worlds) // 50 if plot in SECOND_ACTS else 1]:
         world.run()
-        assert world.requests, "somebody must have asked"
+        assert world.requests or world.collected, "somebody must have asked"
 
 
 def test_a_violation_is_reported_with_a_way_to_see_it_again(
