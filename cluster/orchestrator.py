@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray import exceptions as ray_errors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.crash import record_crash
 from cluster.drain import draining_nodes
@@ -164,8 +165,10 @@ class Orchestrator:
         """Take the lease, read the ledger, plan: everything that has to be true before the first event."""
         epoch = self._ledger.take_lease(fresh=self._job.fresh)
         state = self._ledger.load()
-        self._commits = dict(state.commits)
         plan = make_plan(self._job.recipe, state.overrides)
+        # The inputs of tasks are verified when they are used; the film is nobody's input.
+        self._ledger.drop_if_damaged(state, plan.film_task_id)
+        self._commits = dict(state.commits)
         self._job.recipe.put(self._store)
         self._machine = Machine(plan.tasks, state, epoch=epoch, deadline_s=self._job.deadline_s)
         for problem in state.problems:
@@ -262,7 +265,10 @@ class Orchestrator:
         self._members[worker_id] = member
         try:
             greeting = await asyncio.wait_for(_value(member.handle.greet.remote()), START_LIMIT_S)
-        except (TimeoutError, *RAY_LOSSES) as error:
+        except TimeoutError:
+            await self._wait_for_place(worker_id)
+            return
+        except RAY_LOSSES as error:
             await self._start_again(worker_id, error)
             return
         if isinstance(greeting, Failed):
@@ -283,6 +289,13 @@ class Orchestrator:
             self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
         self._story.tell("worker_joined", worker=member.worker_id, host=greeting.host, process=greeting.pid)
         self._put(ev.WorkerJoined(time.monotonic(), member.worker_id, greeting.node_id, host=greeting.host))
+
+    async def _wait_for_place(self, worker_id: str) -> None:
+        """A cluster that has lost machines may have no place for a worker for hours: nobody's failure."""
+        self._dismiss(worker_id)
+        reason = f"no worker has started for {START_LIMIT_S:.0f} s: the cluster has no free place; waiting for one"
+        self._story.tell("note", message=reason, warning=True)
+        await self._start_worker()
 
     async def _start_again(self, worker_id: str, error: BaseException) -> None:
         self._dismiss(worker_id)
@@ -481,5 +494,10 @@ async def _value(reference: Any) -> Any:
 
 
 def orchestrator_class() -> Any:
-    """The Ray actor class; it holds no GPU and hardly any CPU."""
-    return ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=100)(Orchestrator)
+    """The Ray actor class; it holds no GPU and hardly any CPU.
+
+    It lives on the driver's node: the two need each other anyway, so no other machine's end can take it along.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 100, "scheduling_strategy": here}
+    return ray.remote(num_cpus=0, **options)(Orchestrator)

@@ -19,9 +19,9 @@ from cluster.progress import PHASES, format_seconds
 from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import Prepared, RenderRequest, prepare
 from pipeline.changes import reasons
-from pipeline.errors import SettingError, UserError
+from pipeline.errors import LongtakeError, SettingError, UserError
 from pipeline.lease import lives, this_process
-from pipeline.ledger import Ledger, LedgerState
+from pipeline.ledger import Ledger, LedgerState, Verification
 from pipeline.plan import Plan
 from pipeline.redo import describe_redo
 from pipeline.store import Store
@@ -201,15 +201,32 @@ def _failures(plan: Plan, state: LedgerState, done: set[str]) -> list[dict[str, 
 
 
 def print_verification(place: str, store: str | None, *, as_json: bool) -> int:
-    """Read every committed byte and compare it with its record; 1 if any differ."""
+    """Read every committed byte and compare it with its record; 1 if any differ.
+
+    What is found is journalled, so that the next render makes it again, with what was computed from it.
+    """
     render = open_render(place, store)
     load_recipe(render)
     found = Ledger(render).verify()
+    unnoted = _note_invalid(render, found) if found.invalid else ""
     if as_json:
-        print(json.dumps({"store": render.url, **asdict(found)}))
+        print(json.dumps({"store": render.url, "not_noted": unnoted, **asdict(found)}))
     else:
         for problem in found.problems:
             print(f"{problem.path or problem.task_id}: {problem.what}")
-        verdict = "all as recorded" if not found.problems else f"{len(found.invalid)} tasks will be rendered again"
+        again = f"are bad, which could not be noted: {unnoted}" if unnoted else "will be rendered again"
+        verdict = f"{len(found.invalid)} tasks {again}" if found.problems else "all as recorded"
         print(f"{render.url}: {found.files} files, {found.size_bytes:,} bytes, {verdict}")
     return 1 if found.problems else 0
+
+
+def _note_invalid(render: Store, found: Verification) -> str:
+    """Journal the findings; why that could not be, or ""."""
+    ledger = Ledger(render)
+    try:
+        ledger.take_lease()
+        ledger.apply_verification(found)
+        ledger.release_lease()
+    except LongtakeError as error:
+        return str(error)
+    return ""

@@ -37,6 +37,7 @@ _FAULT_KINDS: tuple[tuple[type[BaseException], FaultKind], ...] = (
     (errors.StoreFull, "full"),
     (errors.CorruptArtifact, "corrupt"),
     (errors.StoreError, "store"),
+    (errors.OutOfMemory, "memory"),
     (errors.TransientError, "transient"),
     (errors.LostError, "lost"),
     (errors.QualityError, "quality"),

@@ -18,6 +18,7 @@ from pipeline.tasks import ArtifactFile, CommitRecord
 FaultKind = Literal[
     "user",
     "transient",
+    "memory",
     "store",
     "full",
     "lost",
@@ -32,6 +33,7 @@ FaultKind = Literal[
 
     user         a person has to change something; never retried
     transient    charged to the task's budget
+    memory       host or device memory ran out; charged, and the worker's process is recycled
     store        the store does not answer; waited out, not charged
     full         no space left; the render ends, everything committed is kept
     lost         the node is gone or was taken away; not charged
@@ -222,7 +224,7 @@ class TaskLog:
     attempts: int = 0
     """The highest attempt number handed out."""
     transient: int = 0
-    """Failures charged to the budget (transient, stalled)."""
+    """Failures charged to the budget (transient, memory, stalled)."""
     quality: int = 0
     deaths: int = 0
     """Attempts since the last sign of life that took their process, or the whole render, with them.
@@ -273,11 +275,11 @@ class TaskLog:
         if self.open == (entry.attempt, entry.epoch):
             self.open = None
         self.last_failure = entry
-        if entry.kind in ("transient", "stalled"):
+        if entry.kind in ("transient", "memory", "stalled"):
             self.transient += 1
         if entry.kind == "quality":
             self.quality += 1
-        if entry.kind in ("transient", "stalled", "died") and entry.node_id:
+        if entry.kind in ("transient", "memory", "stalled", "died") and entry.node_id:
             self.failed_nodes = (*self.failed_nodes, entry.node_id)
         if entry.kind == "lost":
             self.deaths = max(0, self.deaths - 1)

@@ -385,6 +385,22 @@ class Ledger:
             if found.size_bytes != file.size_bytes:
                 raise corrupt(file.path, f"{found.size_bytes} bytes, {file.size_bytes} were reported")
 
+    def drop_if_damaged(self, state: LedgerState, task_id: str) -> None:
+        """Read a commit's bytes again; what differs from its record is journalled as such and leaves `state`.
+
+        What depends on it stays: only for a task on which nothing depends. Needs the lease.
+        """
+        files = state.commits[task_id].files if task_id in state.commits else ()
+        digests = self._patiently(lambda: list(self.store.digest_many(file.path for file in files)))
+        for file, found in zip(files, digests, strict=True):
+            if what := _difference(file, found):
+                entry = _invalidation(task_id, state.commits[task_id], f"{file.path}: {what}")
+                self.journal([entry])
+                state.apply(entry)
+                del state.commits[task_id]
+                state.problems = (*state.problems, f"{task_id}: {entry.reason}")
+                return
+
     # Verification
 
     def verify(self, *, progress: Callable[[int, int], None] = lambda done, of: None) -> Verification:

@@ -369,6 +369,10 @@ class Machine:
             self._ignore(event)
             return
         self._save_partial(job, event.partial, event.steps)
+        if event.fault.kind == "memory":
+            # What the process still holds is likely to be what it lacked: only a fresh one has all of it.
+            self._recycle(event.worker_id, f"{event.task_id}: {event.fault.message}", event.fault)
+            return
         self._crew.release(event.task_id)
         self._end_attempt(job, event.fault)
 
@@ -433,7 +437,7 @@ class Machine:
         if fault.kind == "corrupt" and not bad_task_id:
             fault = Fault("transient", fault.message, fault.log_tail)
         self._write(AttemptFailed(task_id, attempt, self.epoch, fault.kind, fault.message, node_id, fault.log_tail))
-        if fault.kind in ("transient", "stalled", "died"):
+        if fault.kind in ("transient", "memory", "stalled", "died"):
             self._charge_node(node_id)
         if fault.kind == "corrupt":
             self._on_corrupt(task_id, attempt, bad_task_id, fault)
@@ -449,7 +453,7 @@ class Machine:
             self._redo(task_id, fault)
             return
         charged = self._log(task_id).transient
-        pause_s = RETRY_PAUSE_S * 2**charged if fault.kind in ("transient", "stalled") else 0.0
+        pause_s = RETRY_PAUSE_S * 2**charged if fault.kind in ("transient", "memory", "stalled") else 0.0
         self._not_before_s[task_id] = self._clock_s + pause_s
         self._graph.give_back(task_id)
 

@@ -51,6 +51,26 @@ def test_only_what_nothing_refers_to_is_deleted(store: LocalStore, capsys: pytes
     assert Ledger(store).verify().problems == ()
 
 
+def test_what_verify_finds_is_rendered_again_with_all_that_came_of_it(
+    store: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = render_into(store, recipe_of(ONE))
+    (first,) = (task.id for task in plan.tasks.values() if task.label == "one/segment/0")
+    path = Ledger(store).load().commits[first].files[0].path
+    store.put_replace(path, b"other bytes")
+    assert main(["verify", store.url]) == 1
+    assert "tasks will be rendered again" in capsys.readouterr().out
+    left = Ledger(store).load().commits
+    assert not {first, plan.film_task_id} & left.keys()
+    assert {task.id for task in plan.tasks.values() if task.kind == "text"} <= left.keys()
+    render_into(store, recipe_of(ONE))
+    assert main(["verify", store.url]) == 0
+    Ledger(store).take_lease()
+    store.put_replace(Ledger(store).load().commits[first].files[0].path, b"other bytes again")
+    assert main(["verify", store.url]) == 1
+    assert "could not be noted: another render is writing here" in capsys.readouterr().out.replace("--store: ", "")
+
+
 def test_a_state_to_go_on_from_is_kept(store: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
     plan = render_into(store, recipe_of(ONE), only=lambda task: task.kind == "text")
     segment = next(task for task in plan.tasks.values() if task.kind == "segment")

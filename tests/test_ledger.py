@@ -366,6 +366,18 @@ def test_verify_finds_damaged_bytes_and_applying_it_frees_them(
     assert set(Ledger(store).load().commits) == {"text-1", "text-2"}
 
 
+def test_a_damaged_film_is_dropped_alone_and_for_good(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    _film(ledger)
+    state = ledger.load()
+    ledger.drop_if_damaged(state, "window-1")
+    assert len(state.commits) == 5, "its bytes are as recorded"
+    _damage(store, state.commits["window-1"].files[0].path, _flip)
+    ledger.drop_if_damaged(state, "window-1")
+    assert state.commits.keys() == {"text-1", "text-2", "segment-1", "window-2"}
+    assert Ledger(store).load().commits == state.commits
+
+
 def test_verify_finds_a_missing_file(store: LocalStore) -> None:
     ledger = _ledger(store)
     store.delete(_commit(ledger, "text-1").files[0].path)

@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import (
     Interrupted,
     LeaseLost,
+    MediaError,
     OutOfMemory,
     QualityError,
     SpecError,
@@ -516,6 +517,18 @@ def test_transient_failures_are_retried_after_pauses_three_times_and_then_end_th
     assert "longtake retry" in finish.message
 
 
+def test_a_worker_that_ran_out_of_memory_is_replaced_and_its_task_charged() -> None:
+    studio = alone_with_the_prompt()
+    studio.fails("prompt", fault_of(OutOfMemory("CUDA out of memory")))
+    (recycled,) = studio.of(RecycleWorker)
+    assert "out of memory" in recycled.reason
+    assert [entry.kind for entry in studio.failures()] == ["memory"]
+    assert studio.state().logs[studio.id_of("prompt")].transient == 1
+    studio.join("w2")
+    studio.wait(10)
+    assert studio.running["prompt"][1].attempt == 2
+
+
 def test_what_was_charged_is_remembered_by_the_next_run() -> None:
     state = LedgerState()
     for epoch in range(1, 5):
@@ -965,7 +978,8 @@ def test_faults_of_exceptions() -> None:
         "user": SpecError("x"),
         "full": StoreFull("x"),
         "store": StoreError("x"),
-        "transient": OutOfMemory("x"),
+        "transient": MediaError("x"),
+        "memory": OutOfMemory("x"),
         "lost": WorkerLostError("x"),
         "quality": QualityError("x"),
         "interrupted": Interrupted(),
