@@ -48,6 +48,8 @@ def add_manifest(commands: Commands) -> None:
     _add_film(sky)
     _add_cluster(sky)
     sky.set_defaults(command=_skypilot)
+    grafana = formats.add_parser("grafana", help="the dashboard for the metrics that orchestrators export")
+    grafana.set_defaults(command=_grafana)
     docker = formats.add_parser("dockerfile", help="the image that every node runs")
     docker.add_argument("--cpu", action="store_true", help="without CUDA, for clusters without GPUs")
     docker.set_defaults(command=_dockerfile)
@@ -120,6 +122,12 @@ def _skypilot(options: argparse.Namespace) -> int:
     from cluster.manifests.command import print_skypilot
 
     return print_skypilot(_described(options, "store"), options.film)
+
+
+def _grafana(options: argparse.Namespace) -> int:
+    from cluster.manifests.command import print_grafana
+
+    return print_grafana()
 
 
 def _dockerfile(options: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from cluster.crash import record_crash
 from cluster.drain import draining_nodes
 from cluster.job import Failed, Greeting, News, Outcome, RenderJob
 from cluster.json_log import is_json_wanted, log_event
+from cluster.metrics import LOOK_S, Meters, ray_instrument
 from cluster.publish import Publisher
 from cluster.recipe import make_plan
 from cluster.worker import SIDE_GROUP, worker_class
@@ -76,6 +77,7 @@ class Story:
     """Events for whoever follows the render; those it has seen are dropped. `render`: its store's address."""
 
     render: str = ""
+    meters: Meters | None = None
     first: int = 0
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -83,6 +85,8 @@ class Story:
         self.events.append({"event": event, "time": round(time.time(), 3), **content})
         if is_json_wanted():
             log_event(self.events[-1], self.render)
+        if self.meters is not None:
+            self.meters.event(self.events[-1])
 
     def since(self, cursor: int) -> tuple[list[dict[str, Any]], int]:
         self.events = self.events[max(cursor - self.first, 0) :]
@@ -95,7 +99,8 @@ class Orchestrator:
 
     def __init__(self, job: RenderJob) -> None:
         self._job = job
-        self._story = Story(job.store_url)
+        self._meters = Meters(ray_instrument)
+        self._story = Story(job.store_url, self._meters)
         self._store = MeteredStore(open_store(job.store_url), Meter())
         self._ledger = Ledger(self._store, on_wait=lambda why: self._story.tell("waiting", message=why))
         self._io = ThreadPoolExecutor(1, "ledger")
@@ -149,6 +154,7 @@ class Orchestrator:
         self._spawn(self._heartbeat())
         self._spawn(self._watch_requests())
         self._spawn(self._watch_nodes())
+        self._spawn(self._measure())
         await self._handle(ev.Tick(time.monotonic()))
         if self._finish is None:
             self._hire(plan)
@@ -376,6 +382,13 @@ class Orchestrator:
         while True:
             await asyncio.sleep(TICK_S)
             self._put(ev.Tick(time.monotonic()))
+
+    async def _measure(self) -> None:
+        """Tell Prometheus how things stand."""
+        while True:
+            if self._machine is not None:
+                self._meters.look(self._machine.progress(time.monotonic()), time.monotonic())
+            await asyncio.sleep(LOOK_S)
 
     async def _heartbeat(self) -> None:
         while True:

@@ -67,6 +67,12 @@ def print_dockerfile(flavour: Flavour) -> int:
     return 0
 
 
+def print_grafana() -> int:
+    """The dashboard, as Grafana imports it."""
+    print(Path(__file__).with_name("grafana.json").read_text(), end="")
+    return 0
+
+
 def _secret(description: Description) -> str:
     return (
         f"The secret {description.secret} has to exist, with the key {Path(TOKEN_PATH).name}:\n"
