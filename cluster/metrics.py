@@ -4,8 +4,9 @@ METRICS is the whole vocabulary; the dashboard in `cluster/manifests/grafana.jso
 states and kinds, never renders, tasks or workers: their number must not grow with what is rendered. In
 Prometheus every name begins with `ray_`.
 
-Ray forgets a gauge that is not set any more. What renders cost is `longtake_worker_seconds_total` times the price of a
-GPU; the price is the dashboard's variable.
+Ray forgets a gauge that is not set any more. A farm knows a price and counts costs; for renders without one the
+dashboard multiplies `longtake_worker_seconds_total` by a price that its reader types in. `Meters` is what a render of
+its own tells; a farm speaks for all its renders.
 """
 
 from __future__ import annotations
@@ -31,15 +32,24 @@ class Described:
 
 
 METRICS: Mapping[str, Described] = {
-    "longtake_task_seconds": Described("histogram", "Seconds of each committed task.", ("stage",)),
+    "longtake_task_seconds": Described(
+        "histogram", "Seconds of each task, by how it ended: committed, lost.", ("stage", "outcome")
+    ),
     "longtake_frames_total": Described("counter", "Frames denoised, refined or encoded.", ("stage",)),
-    "longtake_failures_total": Described("counter", "Attempts that failed.", ("stage", "kind")),
+    "longtake_retries_total": Described("counter", "Tasks that came to nothing.", ("stage",)),
     "longtake_workers_lost_total": Described("counter", "Workers whose process or machine went away."),
     "longtake_tasks_waiting": Described("gauge", "Tasks that are neither done nor running.", ("stage",)),
     "longtake_tasks_running": Described("gauge", "Tasks that workers have.", ("stage",)),
     "longtake_workers": Described("gauge", "Workers by what they do.", ("state",)),
     "longtake_worker_seconds_total": Described("counter", "Seconds of all workers by what they did.", ("state",)),
+    "longtake_renders": Described("gauge", "Renders of a farm in each phase.", ("phase",)),
+    "longtake_gpu_busy_fraction": Described("gauge", "Share of a farm's workers that compute."),
+    "longtake_cost_total": Described("counter", "What a farm's renders have cost, by its price."),
 }
+
+
+OF_A_RENDER = tuple(METRICS)[:8]
+"""What a render without a farm tells."""
 
 
 class Instrument(Protocol):
@@ -53,10 +63,10 @@ class Instrument(Protocol):
 
 
 class Meters:
-    """The metrics of one orchestrator. `make` builds an instrument for a name of METRICS."""
+    """The metrics of one render. `make` builds an instrument for a name of METRICS."""
 
     def __init__(self, make: Callable[[str], Instrument]) -> None:
-        self._instruments = {name: make(name) for name in METRICS}
+        self._instruments = {name: make(name) for name in OF_A_RENDER}
         self._frames: dict[str, int] = {}
         self._looked_s: float | None = None
 
@@ -64,10 +74,10 @@ class Meters:
         """Something happened, as the orchestrator tells it."""
         match event["event"]:
             case "committed":
-                self._of("longtake_task_seconds").observe(event["seconds"], {"stage": stage_of(event["task"])})
+                labels = {"stage": stage_of(event["task"]), "outcome": "committed"}
+                self._of("longtake_task_seconds").observe(event["seconds"], labels)
             case "failed":
-                labels = {"stage": stage_of(event["task"]), "kind": str(event["kind"])}
-                self._of("longtake_failures_total").inc(1, labels)
+                self._of("longtake_retries_total").inc(1, {"stage": stage_of(event["task"])})
             case "worker_lost":
                 self._of("longtake_workers_lost_total").inc(1, {})
 

@@ -97,10 +97,10 @@ class Story:
 class Orchestrator:
     """One render. `run` returns when it is over; `follow` and `stop` may be called meanwhile."""
 
-    def __init__(self, job: RenderJob) -> None:
+    def __init__(self, job: RenderJob, meters: Meters | None = None) -> None:
         self._job = job
-        self._meters = Meters(ray_instrument)
-        self._story = Story(job.store_url, self._meters)
+        self._meters = meters
+        self._story = Story(job.store_url, meters)
         self._store = MeteredStore(open_store(job.store_url), Meter())
         self._ledger = Ledger(self._store, on_wait=lambda why: self._story.tell("waiting", message=why))
         self._io = ThreadPoolExecutor(1, "ledger")
@@ -154,7 +154,8 @@ class Orchestrator:
         self._spawn(self._heartbeat())
         self._spawn(self._watch_requests())
         self._spawn(self._watch_nodes())
-        self._spawn(self._measure())
+        if self._meters is not None:
+            self._spawn(self._measure(self._meters))
         await self._handle(ev.Tick(time.monotonic()))
         if self._finish is None:
             self._hire(plan)
@@ -383,11 +384,11 @@ class Orchestrator:
             await asyncio.sleep(TICK_S)
             self._put(ev.Tick(time.monotonic()))
 
-    async def _measure(self) -> None:
+    async def _measure(self, meters: Meters) -> None:
         """Tell Prometheus how things stand."""
         while True:
             if self._machine is not None:
-                self._meters.look(self._machine.progress(time.monotonic()), time.monotonic())
+                meters.look(self._machine.progress(time.monotonic()), time.monotonic())
             await asyncio.sleep(LOOK_S)
 
     async def _heartbeat(self) -> None:
@@ -506,6 +507,13 @@ async def _value(reference: Any) -> Any:
     return await reference
 
 
+class MeteredOrchestrator(Orchestrator):
+    """A render on its own, which tells Prometheus how it is. A farm does that for its renders."""
+
+    def __init__(self, job: RenderJob) -> None:
+        super().__init__(job, Meters(ray_instrument))
+
+
 def orchestrator_class() -> Any:
     """The Ray actor class; it holds no GPU and hardly any CPU.
 
@@ -513,4 +521,4 @@ def orchestrator_class() -> Any:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 100, "scheduling_strategy": here}
-    return ray.remote(num_cpus=0, **options)(Orchestrator)
+    return ray.remote(num_cpus=0, **options)(MeteredOrchestrator)

@@ -58,8 +58,8 @@ def test_events_of_a_render_are_counted_by_stage(meters: Meters, seen: Any) -> N
     story.tell("failed", task=window, label="", host="a", kind="transient", message="")
     story.tell("worker_lost", worker="w1", host="a", reason="")
     story.tell("note", message="", warning=False)
-    assert seen["longtake_task_seconds"] == {"segment": 61.5, "window": 80.0}
-    assert seen["longtake_failures_total"] == {"window,transient": 1}
+    assert seen["longtake_task_seconds"] == {"segment,committed": 61.5, "window,committed": 80.0}
+    assert seen["longtake_retries_total"] == {"window": 1}
     assert seen["longtake_workers_lost_total"] == {"": 1}
     assert stage_of(segment) == "segment"
 
@@ -100,7 +100,7 @@ def test_ray_takes_every_metric_with_its_labels(name: str) -> None:
 
 
 def test_no_label_grows_with_what_is_rendered() -> None:
-    assert {label for metric in METRICS.values() for label in metric.labels} == {"stage", "state", "kind"}
+    assert {label for metric in METRICS.values() for label in metric.labels} == {"stage", "state", "outcome", "phase"}
 
 
 # The dashboard
