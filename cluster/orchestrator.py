@@ -239,6 +239,9 @@ class Orchestrator:
         self._story.tell("worker_recycled", worker=worker_id, reason=reason)
         self._later(lambda: self._replace(worker_id))
 
+    def return_worker(self, worker_id: str) -> None:
+        """Only renders of a farm have workers to give back."""
+
     def stop_orders(self, worker_ids: tuple[str, ...]) -> None:
         for member in [self._members[name] for name in worker_ids if name in self._members]:
             member.aside("stop")

@@ -26,6 +26,7 @@ from pipeline.events import (
     RecycleWorker,
     Refresh,
     Replan,
+    ReturnWorker,
     StopWorkers,
     fault_of,
 )
@@ -44,6 +45,9 @@ class Hands(Protocol):
 
     def recycle(self, worker_id: str, reason: str) -> None:
         """Kill the worker's process and start another one, under a new id."""
+
+    def return_worker(self, worker_id: str) -> None:
+        """Give a lent worker back to its farm."""
 
     def stop_orders(self, worker_ids: tuple[str, ...]) -> None:
         """Ask the running orders of these workers to save their state and stop."""
@@ -91,6 +95,8 @@ def _carry_out(command: Command, ledger: Ledger, hands: Hands, now: Callable[[],
             hands.dispatch(command.worker_id, command.order)
         case RecycleWorker():
             hands.recycle(command.worker_id, command.reason)
+        case ReturnWorker():
+            hands.return_worker(command.worker_id)
         case StopWorkers():
             hands.stop_orders(command.worker_ids)
         case Refresh():

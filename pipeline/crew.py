@@ -38,6 +38,10 @@ class Worker:
     loading_since_s: float | None = None
     task_id: str | None = None
     """Running, or produced and waiting for its commit."""
+    lent: bool = False
+    """By a farm, for one task."""
+    used: bool = False
+    """It has had that task."""
 
     @property
     def free(self) -> bool:
@@ -59,6 +63,10 @@ class Crew:
         """Add a worker, unless it is there or was: an id names one incarnation."""
         if worker.worker_id not in self._gone:
             self.workers.setdefault(worker.worker_id, worker)
+
+    def give_back(self, worker_id: str) -> None:
+        """A lent worker goes back to its farm, from where it may come again."""
+        del self.workers[worker_id]
 
     def remove(self, worker_id: str) -> Worker | None:
         """The worker, which is gone from now on; None if it was not there."""

@@ -70,6 +70,21 @@ class WorkerJoined:
 
 
 @dataclass(frozen=True)
+class WorkerLent:
+    """A farm lends a worker, in this role, for one task; ReturnWorker gives it back, at once if there is nothing for
+    it. It may come again under the same id.
+    """
+
+    now_s: float
+    worker_id: str
+    node_id: str
+    role: Role
+    loaded: bool
+    """Whether it has the role's models; if not, loading them is ordered first."""
+    host: str = ""
+
+
+@dataclass(frozen=True)
 class WorkerReady:
     """The worker has loaded the role it was assigned."""
 
@@ -198,6 +213,7 @@ class Tick:
 
 Event = (
     WorkerJoined
+    | WorkerLent
     | WorkerReady
     | RoleFailed
     | WorkerLost
@@ -256,6 +272,13 @@ class RecycleWorker:
 
 
 @dataclass(frozen=True)
+class ReturnWorker:
+    """The farm has the worker back: it has nothing more to do here."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True)
 class StopWorkers:
     """Ask the running orders of these workers to save their state and stop (TaskFailed, `interrupted`)."""
 
@@ -294,7 +317,17 @@ class Finish:
 
 
 Command = (
-    Journal | AssignRole | Dispatch | Commit | RecycleWorker | StopWorkers | Refresh | Replan | Note | Finish
+    Journal
+    | AssignRole
+    | Dispatch
+    | Commit
+    | RecycleWorker
+    | ReturnWorker
+    | StopWorkers
+    | Refresh
+    | Replan
+    | Note
+    | Finish
 )
 
 

@@ -25,6 +25,8 @@ class TaskGraph:
             for input_id in dict.fromkeys(task.inputs):
                 self.dependants[input_id].append(task.id)
         self.chain_of = _chains(self.tasks)
+        self._rank_s = ranks_s(self.tasks)
+        self._by_rank = sorted(self.tasks, key=self._rank_s.__getitem__)
         self.done = {task_id for task_id in committed if task_id in self.tasks}
         self.killed: set[str] = set()
         self.taken: set[str] = set()
@@ -43,6 +45,10 @@ class TaskGraph:
         }
         self._heaps: dict[TaskKind, list[tuple[int, int, str]]] = {}
         self._ready: set[str] = set()
+        self.ready_of: Counter[TaskKind] = Counter()
+        self.work_s = sum(self.tasks[i].work for i in self.wanted - self.dead)
+        self._segments_left = Counter(self.chain_of[i] for i in self.wanted - self.dead if i in self.chain_of)
+        self._longest = list(self._by_rank)
         for task_id in sorted(self.wanted, key=self.order.__getitem__):
             self._offer(task_id)
 
@@ -64,7 +70,35 @@ class TaskGraph:
             return
         task = self.tasks[task_id]
         self._ready.add(task_id)
+        self.ready_of[task.kind] += 1
         heapq.heappush(self._heaps.setdefault(task.kind, []), (task.priority, self.order[task_id], task_id))
+
+    def _unready(self, task_id: str) -> None:
+        if task_id in self._ready:
+            self._ready.discard(task_id)
+            self.ready_of[self.tasks[task_id].kind] -= 1
+
+    def _leave(self, task_id: str) -> None:
+        """The task does not count as left any more."""
+        task = self.tasks[task_id]
+        self.left[task.kind] -= 1
+        self.work_s -= task.work
+        if task_id in self.chain_of:
+            self._segments_left[self.chain_of[task_id]] -= 1
+
+    def is_ready(self, task_id: str) -> bool:
+        """Whether the task is ready."""
+        return task_id in self._ready
+
+    def chains_left(self) -> int:
+        """Chains with segments left."""
+        return sum(left > 0 for left in self._segments_left.values())
+
+    def path_s(self) -> float:
+        """Expected seconds of the longest chain of tasks left that wait for each other."""
+        while self._longest and (self._longest[-1] not in self.wanted or self._longest[-1] in self.dead):
+            self._longest.pop()
+        return self._rank_s[self._longest[-1]] if self._longest else 0.0
 
     def ready(self, kind: TaskKind) -> bool:
         """Whether any task of this kind is ready."""
@@ -88,7 +122,7 @@ class TaskGraph:
         for entry in passed:
             heapq.heappush(heap, entry)
         if found is not None:
-            self._ready.discard(found)
+            self._unready(found)
             self.taken.add(found)
         return found
 
@@ -101,14 +135,14 @@ class TaskGraph:
     def finish(self, task_id: str) -> None:
         """The task is committed."""
         self.taken.discard(task_id)
-        self._ready.discard(task_id)
+        self._unready(task_id)
         if task_id in self.done:
             return
         self.done.add(task_id)
         if task_id in self.wanted:
             self.wanted.discard(task_id)
             if task_id not in self.dead:
-                self.left[self.tasks[task_id].kind] -= 1
+                self._leave(task_id)
         for user in self.dependants[task_id]:
             if user in self.wanted:
                 self._missing[user] -= 1
@@ -124,9 +158,9 @@ class TaskGraph:
         self.killed.add(task_id)
         self.taken.discard(task_id)
         for dead_id in self._mark_dead(task_id):
-            self._ready.discard(dead_id)
+            self._unready(dead_id)
             if dead_id in self.wanted:
-                self.left[self.tasks[dead_id].kind] -= 1
+                self._leave(dead_id)
 
     def _mark_dead(self, task_id: str) -> list[str]:
         """Add the task and what needs it to `dead`, except what is done already; those added."""
@@ -171,3 +205,13 @@ def _chains(tasks: Mapping[str, Task]) -> dict[str, str]:
             before = [chain[input_id] for input_id in task.inputs if input_id in chain]
             chain[task.id] = before[0] if before else task.id
     return chain
+
+
+def ranks_s(tasks: Mapping[str, Task]) -> dict[str, float]:
+    """For each task, inputs first, the expected seconds from its beginning to the end of all that waits for it."""
+    after = dict.fromkeys(tasks, 0.0)
+    for name in reversed(list(tasks)):
+        after[name] += tasks[name].work
+        for upstream in tasks[name].inputs:
+            after[upstream] = max(after[upstream], after[name])
+    return after

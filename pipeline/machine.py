@@ -42,6 +42,7 @@ from pipeline.events import (
     RecycleWorker,
     Refresh,
     Replan,
+    ReturnWorker,
     RoleFailed,
     StopRequested,
     StopWorkers,
@@ -49,11 +50,13 @@ from pipeline.events import (
     TaskProduced,
     Tick,
     WorkerJoined,
+    WorkerLent,
     WorkerLost,
     WorkerReady,
     fault_of,
 )
 from pipeline.facts import Overrides
+from pipeline.farm import Needs
 from pipeline.graph import TaskGraph
 from pipeline.journal import (
     AttemptFailed,
@@ -184,6 +187,8 @@ class Machine:
         match event:
             case WorkerJoined():
                 self._on_joined(event)
+            case WorkerLent():
+                self._on_lent(event)
             case WorkerReady():
                 self._on_ready(event)
             case RoleFailed():
@@ -212,6 +217,7 @@ class Machine:
                 self._on_tick()
         if not self._finished:
             self._schedule()
+            self._give_back()
             self._conclude()
         out, self._out = self._out, _Out()
         return out.flush()
@@ -250,6 +256,18 @@ class Machine:
     def _on_joined(self, event: WorkerJoined) -> None:
         roles = tuple(role for role in ALL_ROLES if role in event.roles)
         self._crew.join(Worker(event.worker_id, event.node_id, roles, event.role, event.host))
+
+    def _on_lent(self, event: WorkerLent) -> None:
+        worker = Worker(event.worker_id, event.node_id, (event.role,), event.role, event.host, lent=True)
+        self._crew.join(worker)
+        if not event.loaded and self._crew.workers.get(event.worker_id) is worker:
+            self._assign(worker, event.role)
+
+    def _give_back(self) -> None:
+        """Lent workers that had their task, or get none, go back to the farm."""
+        for worker in [worker for worker in self._crew.workers.values() if worker.lent and worker.free]:
+            self._crew.give_back(worker.worker_id)
+            self._do(ReturnWorker(worker.worker_id))
 
     def _on_ready(self, event: WorkerReady) -> None:
         worker = self._crew.workers.get(event.worker_id)
@@ -557,6 +575,8 @@ class Machine:
                 staff[worker.role] += 1
 
     def _employ(self, worker: Worker, roles: Staff, usable: Sequence[Worker]) -> None:
+        if worker.used:
+            return
         if must_leave_for_chain(worker.role, worker.roles, roles, self._graph.ready("segment")):
             self._assign(worker, "chain")
             return
@@ -565,6 +585,8 @@ class Machine:
             if task_id is not None:
                 self._dispatch(worker, self._graph.tasks[task_id])
                 return
+        if worker.lent:
+            return
         role = choose_role(worker.role, worker.roles, roles, self._current_demand())
         if role is not None and role != worker.role:
             self._assign(worker, role)
@@ -603,7 +625,7 @@ class Machine:
         )
         self._write(AttemptStarted(task.id, order.attempt, self.epoch, worker.worker_id, worker.node_id, worker.host))
         self._jobs[task.id] = Job(order, worker.worker_id, worker.node_id, self._clock_s)
-        worker.task_id = task.id
+        worker.task_id, worker.used = task.id, worker.lent
         self._do(Dispatch(worker.worker_id, order))
 
     # What people ask for
@@ -672,6 +694,20 @@ class Machine:
             self._do(Refresh())
         self._finished = True
         self._do(Finish(exit_code, message))
+
+    # What a farm wants to know
+
+    def needs(self) -> Needs:
+        """What lent workers could do here now, and how much is left. Nothing while nothing may be sent."""
+        waiting = self._replanning or self._finished or self._ending is not None
+        if waiting or (self._outage and self._clock_s < self._outage.until_s):
+            return Needs(path_s=self._graph.path_s(), work_s=self._graph.work_s)
+        ready = self._graph.ready_of.copy()
+        for task_id, until_s in self._not_before_s.items():
+            if self._clock_s < until_s and self._graph.is_ready(task_id):
+                ready[self._graph.tasks[task_id].kind] -= 1
+        ahead: dict[Role, int] = {"chain": self._graph.chains_left(), "refine": self._graph.left["window"]}
+        return Needs(ready, ahead, self._graph.path_s(), self._graph.work_s)
 
     # What a person sees
 
