@@ -32,6 +32,8 @@ from pipeline.tasks import Role, TaskKind
 
 PATIENCE = 10.0
 """How many times the loading a render waits before an equal's worker is loaded anew for it: a tenth is lost at most."""
+AHEAD = 2
+"""Renders that are open for each worker."""
 KINDS: tuple[TaskKind, ...] = ("text", "source", "segment", "film", "encode", "window")
 """In the order in which a render's needs are served."""
 CHAIN_KINDS = frozenset[TaskKind]({"text", "source", "segment"})
@@ -144,8 +146,9 @@ class _Need:
 def open_next(now_s: float, queue: Iterable[Queued], open_renders: Iterable[Borrower], workers: int, idle: int) -> str:
     """The id of the render to open next, "" for none. Ask again until it says so.
 
-    As many renders are open as there are workers, those of higher priority first, then of owners with fewer of them
-    open, then by submission; one more where workers are idle.
+    `AHEAD` times as many renders are open as there are workers, those of higher priority first, then of owners with
+    fewer of them open, then by submission; one more where workers are idle. With only one for each worker, a chain
+    would begin when another render's refinement is done, and the last ones' chains would decide when all are done.
     """
     active = [render for render in open_renders if not render.paused]
     open_of = Counter(render.owner for render in active)
@@ -154,7 +157,7 @@ def open_next(now_s: float, queue: Iterable[Queued], open_renders: Iterable[Borr
     if first is None:
         return ""
     before = sum(render.priority >= first.priority for render in active)
-    return first.render_id if idle > 0 or before < max(1, workers) else ""
+    return first.render_id if idle > 0 or before < max(1, AHEAD * workers) else ""
 
 
 def lend(

@@ -194,13 +194,13 @@ def test_a_chain_moves_to_a_stable_machine_that_came_later() -> None:
 # What is opened, what is asked for
 
 
-def test_as_many_renders_are_open_as_there_are_workers_the_most_important_first() -> None:
+def test_two_renders_a_worker_are_open_the_most_important_first() -> None:
     queue = [Queued("a", submitted_s=1), Queued("b", submitted_s=2), Queued("c", priority=90, submitted_s=3)]
-    assert open_next(9, queue, [], 2, 0) == "c"
-    assert open_next(9, queue[:2], [render("c", priority=90)], 2, 0) == "a"
-    assert open_next(9, queue[1:2], [render("c", priority=90), render("a")], 2, 0) == ""
-    assert open_next(9, queue[1:2], [render("c", priority=90), render("a")], 2, idle=1) == "b"
-    assert open_next(9, queue[2:], [render("a"), render("b")], 2, 0) == "c", "it does not wait for lesser ones"
+    assert open_next(9, queue, [], 1, 0) == "c"
+    assert open_next(9, queue[:2], [render("c", priority=90)], 1, 0) == "a"
+    assert open_next(9, queue[1:2], [render("c", priority=90), render("a")], 1, 0) == ""
+    assert open_next(9, queue[1:2], [render("c", priority=90), render("a")], 1, idle=1) == "b"
+    assert open_next(9, queue[2:], [render("a"), render("b")], 1, 0) == "c", "it does not wait for lesser ones"
 
 
 def test_nothing_starts_before_its_time_and_owners_take_turns() -> None:
