@@ -224,6 +224,25 @@ def test_the_refinement_table_compares_with_the_chained_film_and_with_the_inside
     assert lockstep[8] == "1.00 [1.00, 1.00]"
 
 
+def test_the_hand_off_table_compares_seams_and_drift_with_pixels() -> None:
+    def result(score: float, drift: float) -> dict[str, object]:
+        seam = {"score": score, "inside": 2.0, "verdict": "faint"}
+        names = ("colour_distance", "saturation", "sharpness", "contrast")
+        return {
+            "seams": [seam, {**seam, "score": score + 0.2, "verdict": "unseen"}],
+            "drift": {name: {"change": drift} for name in names},
+            "ends": {"lightness_mean": [50.0, 49.0]},
+            "right": dict.fromkeys(handoff.MEASURES, 0.5),
+        }
+
+    text = handoff.table({"pixels": [result(5.0, 2.0)] * 2, "latents": [result(3.0, 1.5)] * 2})
+    pixels, latents = (line.split(" | ") for line in text.splitlines()[2:])
+    assert pixels[6:10] == ["", "2 of 4", "3.10 [2.92, 3.28]", ""]
+    assert latents[1] == "-1.00 [-1.00, -1.00]"
+    assert [latents[6], latents[9]] == ["-0.50 [-0.50, -0.50]", "-2.00 [-2.00, -2.00]"]
+    assert latents[10] == "50 / 50 / 50 |"
+
+
 def test_films_of_a_study_do_not_depend_on_how_many_there_are() -> None:
     assert [film.prompt for film in films(2)] == [film.prompt for film in films(5)][:2]
     assert markdown(["a"], [["1"]]) == "| a |\n| --- |\n| 1 |"

@@ -270,25 +270,35 @@ def _line(result: Result) -> str:
 
 
 def table(results: dict[str, list[Result]]) -> str:
-    """The table of the docs; every interval counts films."""
+    """The table of the docs. Intervals count films; those of a difference of seams count seams."""
     rows = []
     base = results.get("pixels")
     for variant, found in results.items():
+        seams = [seam for result in found for seam in result["seams"]]
         ends = [result["ends"]["lightness_mean"] for result in found]
-        lighter = mean_of([last - first for first, last in ends])
-        against = ""
-        if base is not None and variant != "pixels":
-            name = "colour_distance"
-            pairs = zip(found, base, strict=True)
-            against = str(mean_of([a["drift"][name]["change"] - b["drift"][name]["change"] for a, b in pairs]))
-        seams = [mean_of([s["score"] - s["inside"] for s in result["seams"]]).value for result in found]
-        right = [f"{100 * mean_of([result['right'][name] for result in found]).value:.0f}" for name in MEASURES]
         names = ("colour_distance", "saturation", "sharpness", "contrast")
-        drift = [str(drift_of(found, name)) for name in names]
-        rows.append([variant, str(lighter), *drift, against, str(mean_of(seams)), " / ".join(right)])
+        against = ["", ""]
+        if base is not None and variant != "pixels":
+            others = [seam for result in base for seam in result["seams"]]
+            pairs = [(a["drift"], b["drift"]) for a, b in zip(found, base, strict=True)]
+            against[0] = str(mean_of([a[names[0]]["change"] - b[names[0]]["change"] for a, b in pairs]))
+            against[1] = str(mean_of([a["score"] - b["score"] for a, b in zip(seams, others, strict=True)]))
+        right = [f"{100 * mean_of([result['right'][name] for result in found]).value:.0f}" for name in MEASURES]
+        rows.append(
+            [
+                variant,
+                str(mean_of([last - first for first, last in ends])),
+                *[str(drift_of(found, name)) for name in names],
+                against[0],
+                f"{sum(seam['verdict'] != 'unseen' for seam in seams)} of {len(seams)}",
+                str(mean_of([seam["score"] - seam["inside"] for seam in seams])),
+                against[1],
+                " / ".join(right),
+            ]
+        )
     header = ["handed on", "L* end - begin", "colour drift", "saturation drift", "sharpness drift", "contrast drift"]
-    header += ["colour drift - pixels", "seam z - inside", "right at the end, %: colour / shape / direction"]
-    return markdown(header, rows)
+    header += ["colour drift - pixels", "faint or visible seams", "seam z - inside", "seam z - pixels"]
+    return markdown([*header, "right at the end, %: colour / shape / direction"], rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
