@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -86,6 +88,13 @@ def test_time_zones_with_odd_offsets_and_both_sides_of_midnight() -> None:
     assert ticks("15 0 * * MON", "Asia/Kathmandu", "2026-11-26 00:00", 1) == ["2026-11-30 00:15 +0545"]
     cron = parse_cron("15 0 * * MON", "Asia/Kathmandu")
     assert next(cron.after(at("2026-11-26 00:00"))) == at("2026-11-29 18:30")
+
+
+def test_time_zones_are_there_where_the_system_has_none() -> None:
+    code = "from pipeline.cron import parse_cron; parse_cron('0 0 * * *', 'Europe/Berlin')"
+    environment = {"PYTHONTZPATH": "", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @settings(max_examples=60, deadline=None)
