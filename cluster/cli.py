@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_checkpoint(commands)
     _add_evaluate(commands)
+    _add_calibrate(commands)
     add_manifest(commands)
     add_schedule_commands(commands)
     return parser
@@ -103,7 +104,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add = parser.add_argument
     add("--checkpoint", default=None, metavar="NAME", help="plan for another one than the storyboard's")
     add("--gpus", type=_positive, default=None, metavar="N", help="show the render on a cluster of N GPUs")
-    add("--gpu-type", type=str.lower, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
+    add("--gpu-type", type=_gpu_type, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
     add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="2h", help="how many GPUs make it")
     add("--prices", type=Path, default=None, metavar="FILE", help="YAML: dollars for a GPU and hour by GPU type")
     parser.set_defaults(command=_plan)
@@ -129,6 +130,12 @@ def _add_render(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--insecure", action="store_true", help="join it even if anyone who reaches it can run code there")
     add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="8h", help="save and stop after that")
     parser.set_defaults(command=_render)
+
+
+def _gpu_type(text: str) -> str:
+    from cluster.paces import short_name
+
+    return short_name(text)
 
 
 def _seconds(text: str) -> float:
@@ -253,6 +260,17 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
     add("--json", action="store_true", help="machine-readable output on stdout")
     parser.set_defaults(command=_evaluate)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("calibrate", help="measure task times on this hardware, for `plan`")
+    add = parser.add_argument
+    add("--checkpoint", default="pocket", metavar="NAME", help="checkpoint folder or name (default: %(default)s)")
+    add("--workers", type=_positive, default=None, metavar="N", help="how many at once (default: as `render`)")
+    add("--threads", type=_positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
+    add("--json", action="store_true", help="machine-readable output on stdout")
+    parser.set_defaults(command=_calibrate)
 
 
 def _count(text: str) -> int:
@@ -407,6 +425,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         device=options.device,
         as_json=options.json,
     )
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from cluster.calibrate import CalibrateRequest, print_calibration
+
+    names = ("checkpoint", "device", "workers", "threads")
+    chosen = {name: getattr(options, name) for name in names}
+    return print_calibration(CalibrateRequest(**chosen, as_json=options.json))
 
 
 if __name__ == "__main__":

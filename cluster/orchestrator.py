@@ -324,6 +324,7 @@ class Orchestrator:
         if isinstance(answer, Failed):
             self._put(ev.RoleFailed(time.monotonic(), member.worker_id, role, answer.fault))
         elif answer is not None:
+            self._story.tell("ready", worker=member.worker_id, role=role)
             self._put(ev.WorkerReady(time.monotonic(), member.worker_id, role))
 
     async def _dispatch(self, member: Member, order: Order) -> None:

@@ -26,8 +26,8 @@ PUBLISHED_STAGE_ONE_PX = 480 * 832
 PUBLISHED_REFINED_PX = 704 * 1280
 PUBLISHED_ENCODE_FRAMES = 160
 
-GPU_SPEED = {"h800": 1.0, "h100": 1.0, "h200": 1.0, "a100": 312 / 989, "b200": 2250 / 989}
-"""Dense bf16 peak over that of the H800 (989 TFLOPS; NVIDIA's data sheets, SXM variants)."""
+GPU_SPEED = {"h800": 1.0, "h100": 1.0, "h200": 1.0, "a100": 312 / 989, "l40s": 362 / 989, "b200": 2250 / 989}
+"""Dense bf16 peak over that of the H800 (989 TFLOPS; NVIDIA's data sheets; SXM where there is one)."""
 
 OFFICIAL_BYTES: Mapping[Role, int] = {
     "text": 22_000_000_000,
