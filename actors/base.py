@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from actors.gang import Gang
 from model import errors as model_errors
 from pipeline.errors import (
     CheckpointFault,
@@ -59,6 +60,8 @@ class ActorContext:
     encoder_threads: int
     scratch_path: Path
     """A folder of the worker's own; each order gets a fresh folder below it."""
+    gang: Gang | None = None
+    """The other members, where each segment is computed by several processes together."""
     stop: Event = field(default_factory=Event)
     report: Callable[[int, int], None] = lambda steps, frames: None
     """Told the running order's steps and frames done so far."""

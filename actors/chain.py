@@ -26,7 +26,7 @@ from pipeline.tasks import Order, Produced
 
 def run_segment(context: ActorContext, models: Models, order: Order, scratch: Path) -> Produced:
     """Denoise one segment; latents fp32 [16,T,H,W] and, if a successor wants it, the decoded tail uint8
-    [n,h,w,3].
+    [n,h,w,3]. Of a gang the first member alone has files to show.
     """
     watch, params = Stopwatch(), cast(SegmentParams, order.task.params)
     inputs = order_inputs(context, order, scratch)
@@ -53,6 +53,8 @@ def run_segment(context: ActorContext, models: Models, order: Order, scratch: Pa
         on_step=StepWatch(context, order, schedule.steps),
     )
     latents = generate_segment(models, request)
+    if context.gang is not None and not context.gang.leads:
+        return produced((), watch)
     tail, measures = look_at(models.vae, latents, order.task.label, params)
     tensors = {"latents": latents.float().cpu()} | ({"tail": tail} if len(tail) else {})
     file = write_tensors(context, f"{order.attempt_path}/segment.safetensors", tensors)

@@ -54,6 +54,9 @@ class DenoisingActor:
     def setup(self, context: ActorContext) -> None:
         self._context = context
         self._models = None if context.weights is None else load_models(context, context.weights)
+        if self._models is not None and context.gang is not None and self._kind == "segment":
+            with mapped_errors():
+                context.gang.split(self._models.dit)
 
     def run(self, order: Order) -> Produced:
         models = self._models
@@ -120,9 +123,13 @@ class StepWatch:
         self._saved_s = time.monotonic()
 
     def __call__(self, steps_done: int, latents: Tensor) -> None:
-        self._context.report(steps_done, 0)
-        stopping = self._context.stop.is_set()
-        if steps_done < self._steps and (stopping or time.monotonic() - self._saved_s >= SAVE_EVERY_S):
+        context, gang = self._context, self._context.gang
+        leads = gang is None or gang.leads
+        if leads:
+            context.report(steps_done, 0)
+        stopping = context.stop.is_set() if gang is None else gang.agree(context.stop.is_set())
+        late = stopping or time.monotonic() - self._saved_s >= SAVE_EVERY_S
+        if leads and steps_done < self._steps and late:
             self._save(steps_done, latents)
         if stopping:
             raise Interrupted(f"stopped after step {steps_done} of {self._steps}")

@@ -19,16 +19,16 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pil
 
 
 def describe_numerics(
-    device: str, dtype: str, threads: int, ffmpeg: str | None, encoder_threads: int
+    device: str, dtype: str, threads: int, ffmpeg: str | None, encoder_threads: int, gang_size: int
 ) -> dict[str, Any]:
-    """The record of this process, JSON-able."""
+    """The record of this process, JSON-able. `gang_size`: how many compute each segment of the render together."""
     return {
         "recipe": RECIPE_VERSION,
         "device": device_kind(device),
         "dtype": dtype,
         "attention_backend": backend_of(device),
         "threads": threads,
-        "gang_size": 1,
+        "gang_size": gang_size,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "ffmpeg": find_ffmpeg(ffmpeg).version,
         "encoder_threads": encoder_threads,

@@ -125,6 +125,7 @@ def _add_render(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="how many (default: one a GPU or CPU core)",
     )
     add("--threads", type=_positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
+    add("--gang", type=_positive, default=1, metavar="N", help="workers that compute each segment together")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
     add("--address", default=None, metavar="HOST:PORT", help="join a running Ray cluster")
     add("--insecure", action="store_true", help="join it even if anyone who reaches it can run code there")
@@ -308,8 +309,9 @@ def _selected(options: argparse.Namespace, **more: Any) -> RenderRequest:
 def _render(options: argparse.Namespace) -> int:
     from cluster.render import render
 
-    names = ("fresh", "strip", "allow_mixed", "workers", "threads", "device", "address", "insecure", "deadline_s")
-    return render(_selected(options, **{name: getattr(options, name) for name in names}))
+    names = ("fresh", "strip", "allow_mixed", "workers", "threads", "gang", "device", "address", "insecure")
+    chosen = {name: getattr(options, name) for name in names}
+    return render(_selected(options, deadline_s=options.deadline_s, **chosen))
 
 
 def _status(options: argparse.Namespace) -> int:

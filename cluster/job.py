@@ -25,6 +25,8 @@ class WorkerSettings:
     encoder_threads: int
     scratch_root: str | None
     """A folder that is cleaned up with the session; None for the machine's own temporary folder."""
+    gang_size: int = 1
+    """How many processes compute each segment of the render together."""
 
 
 @dataclass(frozen=True)

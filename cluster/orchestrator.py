@@ -22,13 +22,13 @@ from ray import exceptions as ray_errors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.crash import record_crash
+from cluster.door import RAY_LOSSES, Door
 from cluster.drain import draining_nodes
 from cluster.job import Failed, Greeting, News, Outcome, RenderJob
 from cluster.json_log import is_json_wanted, log_event
 from cluster.metrics import LOOK_S, Meters, ray_instrument
 from cluster.publish import Publisher
 from cluster.recipe import make_plan
-from cluster.worker import SIDE_GROUP, worker_class
 from pipeline import events as ev
 from pipeline.carrier import carry_out
 from pipeline.errors import LongtakeError
@@ -55,21 +55,15 @@ START_LIMIT_S = 300.0
 DISMISS_LIMIT_S = 2.0
 FAILED_STARTS = 5
 """Workers that die while starting, in a row, before the render is given up."""
-RAY_LOSSES = (ray_errors.RayError,)
 
 
 @dataclass
 class Member:
-    """One worker process."""
+    """One worker."""
 
     worker_id: str
-    handle: Any
-    node_id: str = ""
+    door: Door
     host: str = ""
-
-    def aside(self, method: str) -> Any:
-        """Call a method that does not wait for the running order."""
-        return getattr(self.handle, method).options(concurrency_group=SIDE_GROUP).remote()
 
 
 @dataclass
@@ -185,8 +179,8 @@ class Orchestrator:
     def _hire(self, plan: Plan) -> None:
         left = sum(task_id not in self._commits for task_id in plan.tasks)
         self._story.tell("started", tasks=len(plan.tasks), left=left, **asdict(self._job.placement))
-        for _ in range(self._job.placement.workers):
-            self._spawn(self._start_worker())
+        for size in self._job.placement.crews:
+            self._spawn(self._start_worker(size))
 
     async def _handle(self, event: ev.Event) -> None:
         """Feed one event and what its commands lead to.
@@ -244,7 +238,8 @@ class Orchestrator:
 
     def stop_orders(self, worker_ids: tuple[str, ...]) -> None:
         for member in [self._members[name] for name in worker_ids if name in self._members]:
-            member.aside("stop")
+            with contextlib.suppress(*RAY_LOSSES):
+                member.door.stop()
 
     def refresh(self) -> None:
         self._later(lambda: self._spawn(self._publish()))
@@ -266,48 +261,53 @@ class Orchestrator:
         if worker_id in self._members:
             self._spawn(work(self._members[worker_id]))
 
-    async def _start_worker(self) -> None:
-        """Start one worker process, compare its numerics with the render's, and let it join."""
+    async def _start_worker(self, size: int) -> None:
+        """Start one worker of `size` processes, compare their numerics with the render's, and let it join."""
         self._started += 1
-        place, worker_id = self._job.placement, f"w{self._started}"
-        actor = worker_class().options(num_cpus=place.num_cpus, num_gpus=place.num_gpus)
-        member = Member(worker_id, actor.remote(self._job.settings))
+        worker_id = f"w{self._started}"
+        member = Member(worker_id, Door(self._job.settings, self._job.placement, size))
         self._members[worker_id] = member
         try:
-            greeting = await asyncio.wait_for(_value(member.handle.greet.remote()), START_LIMIT_S)
+            greetings = await asyncio.wait_for(member.door.greet(), START_LIMIT_S)
         except TimeoutError:
-            await self._wait_for_place(worker_id)
+            await self._wait_for_place(worker_id, size)
             return
         except RAY_LOSSES as error:
-            await self._start_again(worker_id, error)
+            await self._start_again(worker_id, size, error)
             return
-        if isinstance(greeting, Failed):
-            self._put(ev.LedgerFailed(time.monotonic(), greeting.fault))
+        if isinstance(greetings, Failed):
+            self._put(ev.LedgerFailed(time.monotonic(), greetings.fault))
         else:
-            await self._welcome(member, greeting)
+            await self._welcome(member, greetings)
 
-    async def _welcome(self, member: Member, greeting: Greeting) -> None:
-        allow_mixed = self._job.allow_mixed
+    async def _welcome(self, member: Member, greetings: tuple[Greeting, ...]) -> None:
+        first, mixed = greetings[0], set[str]()
         try:
-            mixed = await self._io_call(lambda: self._ledger.pin_numerics(greeting.numerics, allow_mixed=allow_mixed))
+            for greeting in greetings:
+                mixed |= set(await self._io_call(partial(self._pin, greeting)))
         except LongtakeError as error:
             self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
             return
         self._failed_starts = 0
-        member.node_id, member.host = greeting.node_id, greeting.host
-        for difference in mixed:
+        member.host = first.host
+        for difference in sorted(mixed):
             self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
-        self._story.tell("worker_joined", worker=member.worker_id, host=greeting.host, process=greeting.pid)
-        self._put(ev.WorkerJoined(time.monotonic(), member.worker_id, greeting.node_id, host=greeting.host))
+        processes = {"process": first.pid, "gang": [[greeting.host, greeting.pid] for greeting in greetings[1:]]}
+        self._story.tell("worker_joined", worker=member.worker_id, host=first.host, **processes)
+        about, roles = (member.worker_id, member.door.node_id), self._job.placement.roles_of(member.door.size)
+        self._put(ev.WorkerJoined(time.monotonic(), *about, roles=roles, host=first.host))
 
-    async def _wait_for_place(self, worker_id: str) -> None:
+    def _pin(self, greeting: Greeting) -> tuple[str, ...]:
+        return self._ledger.pin_numerics(greeting.numerics, allow_mixed=self._job.allow_mixed)
+
+    async def _wait_for_place(self, worker_id: str, size: int) -> None:
         """A cluster that has lost machines may have no place for a worker for hours: nobody's failure."""
         self._dismiss(worker_id)
         reason = f"no worker has started for {START_LIMIT_S:.0f} s: the cluster has no free place; waiting for one"
         self._story.tell("note", message=reason, warning=True)
-        await self._start_worker()
+        await self._start_worker(size)
 
-    async def _start_again(self, worker_id: str, error: BaseException) -> None:
+    async def _start_again(self, worker_id: str, size: int, error: BaseException) -> None:
         self._dismiss(worker_id)
         self._failed_starts += 1
         reason = f"a worker did not start: {first_line(error)}"
@@ -316,12 +316,13 @@ class Orchestrator:
             return
         self._story.tell("note", message=reason, warning=True)
         await asyncio.sleep(2.0**self._failed_starts)
-        await self._start_worker()
+        await self._start_worker(size)
 
     async def _assign(self, member: Member, role: Role) -> None:
         self._story.tell("role", worker=member.worker_id, role=role)
-        answer = await self._ask(member, member.handle.assume.remote(role, self._weights.get(role)))
+        answer = await self._ask(member, member.door.assume(role, self._weights.get(role)))
         if isinstance(answer, Failed):
+            # The machine has a worker replaced that could not take its role.
             self._put(ev.RoleFailed(time.monotonic(), member.worker_id, role, answer.fault))
         elif answer is not None:
             self._story.tell("ready", worker=member.worker_id, role=role)
@@ -331,7 +332,7 @@ class Orchestrator:
         task, worker_id = order.task, member.worker_id
         self._story.tell("dispatched", task=task.id, label=task.label, worker=worker_id, attempt=order.attempt)
         poll = asyncio.create_task(self._poll(member, order))
-        answer = await self._ask(member, member.handle.run.remote(order))
+        answer = await self._ask(member, member.door.run(order))
         poll.cancel()
         about = (time.monotonic(), worker_id, task.id, order.attempt, order.epoch)
         if isinstance(answer, Failed):
@@ -339,6 +340,7 @@ class Orchestrator:
             what = {"label": task.label, "host": member.host, "kind": answer.fault.kind}
             self._story.tell("failed", task=task.id, **what, message=answer.fault.message, **about_log)
             self._put(ev.TaskFailed(*about, answer.fault, answer.partial, answer.steps))
+            self._retire(member)
         elif isinstance(answer, Produced):
             self._put(ev.TaskProduced(*about, answer))
 
@@ -347,7 +349,7 @@ class Orchestrator:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                now = await asyncio.wait_for(_value(member.aside("progress")), POLL_LIMIT_S)
+                now = await asyncio.wait_for(member.door.progress(), POLL_LIMIT_S)
             except (TimeoutError, *RAY_LOSSES):
                 # Silence is no progress: the machine's own limits decide what that means.
                 continue
@@ -357,10 +359,10 @@ class Orchestrator:
                 if now.partial is not None:
                     self._put(ev.Progress(*about, now.partial_steps, now.frames, now.partial))
 
-    async def _ask(self, member: Member, reference: Any) -> Any:
+    async def _ask(self, member: Member, call: Coroutine[Any, Any, T]) -> T | None:
         """The answer to a call, or None if the worker was lost instead (and is being replaced)."""
         try:
-            return await _value(reference)
+            return await call
         except RAY_LOSSES as error:
             if member.worker_id in self._members:
                 event = await asyncio.to_thread(lost_worker, time.monotonic(), member, error)
@@ -370,16 +372,25 @@ class Orchestrator:
                 self._replace(member.worker_id)
             return None
 
-    def _replace(self, worker_id: str) -> None:
-        self._dismiss(worker_id)
-        self._spawn(self._start_worker())
+    def _retire(self, member: Member) -> None:
+        """Replace a worker that is of no use any more, after what it has answered is told."""
+        if member.door.broken and member.worker_id in self._members:
+            self._story.tell("worker_recycled", worker=member.worker_id, reason=member.door.broken)
+            # Whatever it has been given since is not to blame.
+            self._put(ev.WorkerLost(time.monotonic(), member.worker_id, member.door.broken, node_lost=True))
+            self._replace(member.worker_id)
 
-    def _dismiss(self, worker_id: str) -> None:
-        """End a worker's process; whatever it still answers is ignored."""
+    def _replace(self, worker_id: str) -> None:
+        member = self._dismiss(worker_id)
+        if member is not None:
+            self._spawn(self._start_worker(member.door.size))
+
+    def _dismiss(self, worker_id: str) -> Member | None:
+        """End a worker's processes; whatever they still answer is ignored. None if it has been ended before."""
         member = self._members.pop(worker_id, None)
         if member is not None:
-            with contextlib.suppress(*RAY_LOSSES):
-                ray.kill(member.handle)
+            member.door.end()
+        return member
 
     # Housekeeping
 
@@ -420,10 +431,16 @@ class Orchestrator:
             with contextlib.suppress(*RAY_LOSSES):
                 for node_id, left_s in (await asyncio.to_thread(draining_nodes)).items():
                     if node_id not in told:
-                        told.add(node_id)
                         self._story.tell("node_draining", node=node_id, seconds_left=left_s)
-                        self._put(ev.NodeDraining(time.monotonic(), node_id, left_s))
+                    for place_id in self._places_on(node_id) - told:
+                        told.add(place_id)
+                        self._put(ev.NodeDraining(time.monotonic(), place_id, left_s))
             await asyncio.sleep(DRAIN_S)
+
+    def _places_on(self, node_id: str) -> set[str]:
+        """What goes with a node: itself, and every gang that has a member on it."""
+        doors = [member.door for member in self._members.values()]
+        return {node_id} | {door.node_id for door in doors if node_id in door.node_ids}
 
     async def _answer(self, request: Request) -> None:
         """Tell whoever asked; if that fails they find it in the journal."""
@@ -453,7 +470,7 @@ class Orchestrator:
             task.cancel()
         for member in list(self._members.values()):
             with contextlib.suppress(*RAY_LOSSES, asyncio.TimeoutError):
-                await asyncio.wait_for(_value(member.aside("dismiss")), DISMISS_LIMIT_S)
+                await asyncio.wait_for(member.door.dismiss(), DISMISS_LIMIT_S)
             self._dismiss(member.worker_id)
         with contextlib.suppress(LongtakeError):
             if self._ledger.epoch:
@@ -498,17 +515,13 @@ def lost_worker(now_s: float, member: Member, error: BaseException) -> ev.Worker
         case ray_errors.ObjectLostError():
             return ev.WorkerLost(now_s, member.worker_id, "its answer was lost with a node", node_lost=True)
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    node_lost = bool(member.node_id) and member.node_id not in alive
+    node_lost = not alive.issuperset(member.door.node_ids)
     return ev.WorkerLost(now_s, member.worker_id, first_line(error), node_lost)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-async def _value(reference: Any) -> Any:
-    return await reference
 
 
 class MeteredOrchestrator(Orchestrator):

@@ -1,17 +1,20 @@
 """How many workers of which size a render gets. Pure: resources in, numbers out.
 
-One worker for each GPU; on CPUs one for each group of `threads` cores. The thread count changes how sums are
-split and so belongs to the numerics record: its default is 1 on every CPU, whatever the number of cores, so
-that a film does not depend on the machine it was started on.
+One worker for each GPU; on CPUs one for each group of `threads` cores. Where segments are computed by a gang, each
+chain that can use one gets a gang of so many workers, and what is left over does everything but segments. The
+thread count changes how sums are split and so belongs to the numerics record: its default is 1 on every CPU,
+whatever the number of cores, so that a film does not depend on the machine it was started on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.errors import SettingError
+from pipeline.events import ALL_ROLES
+from pipeline.tasks import Role
 
 Device = Literal["cpu", "cuda"]
 GPU_HOST_THREADS = 4
@@ -24,25 +27,60 @@ class Placement:
     device: Device
     dtype: str
     workers: int
+    """Processes, those in gangs included."""
     threads: int
     num_cpus: float
     num_gpus: float
+    gang_size: int = 1
+    """Processes that compute each segment together."""
+    gangs: int = 0
+    """How many gangs there are; 0 where each worker computes segments alone."""
+
+    @property
+    def crews(self) -> list[int]:
+        """The size of each worker as the machine sees it, gangs first."""
+        singles = self.workers - self.gangs * self.gang_size
+        return [self.gang_size] * self.gangs + [1] * singles
+
+    def roles_of(self, size: int) -> tuple[Role, ...]:
+        """What a worker of so many processes may do: segments are for gangs where there are any."""
+        return tuple(role for role in ALL_ROLES if role != "chain" or size == self.gang_size)
 
 
 def place_workers(
-    resources: Mapping[str, float], *, device: str, workers: int | None, threads: int | None, useful: int
+    resources: Mapping[str, float],
+    *,
+    device: str,
+    workers: int | None,
+    threads: int | None,
+    useful: int,
+    gang_size: int = 1,
+    chains: int = 1,
 ) -> Placement:
     """Split a cluster's `resources` (Ray's names: CPU, GPU) into workers; `useful` is how many the plan can
-    keep busy.
+    keep busy, `chains` how many of its chains can run side by side.
 
     Raises SettingError if the cluster has not what was asked for.
     """
     gpus = int(resources.get("GPU", 0))
     if device == "cuda" and not gpus:
         raise SettingError("the cluster has no GPU", field="--device", value=device, remedy="Use --device cpu or auto.")
+    if gang_size > 1:
+        # A gang for each chain, beside those that refine what the chains have made.
+        useful += gang_size * chains
     if device != "cpu" and gpus:
-        return _on_gpus(gpus, workers, threads or GPU_HOST_THREADS, useful)
-    return _on_cpus(int(resources.get("CPU", 0)), workers, threads or 1, useful)
+        place = _on_gpus(gpus, workers, threads or GPU_HOST_THREADS, useful)
+    else:
+        place = _on_cpus(int(resources.get("CPU", 0)), workers, threads or 1, useful)
+    return place if gang_size == 1 else _with_gangs(place, gang_size, chains)
+
+
+def _with_gangs(place: Placement, gang_size: int, chains: int) -> Placement:
+    gangs = min(chains, place.workers // gang_size)
+    if not gangs:
+        remedy = f"There is room for {place.workers} worker(s); a gang needs as many as it has members."
+        raise SettingError("has no room", field="--gang", value=gang_size, remedy=remedy)
+    return replace(place, gang_size=gang_size, gangs=gangs)
 
 
 def _on_gpus(gpus: int, workers: int | None, threads: int, useful: int) -> Placement:

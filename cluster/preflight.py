@@ -8,6 +8,7 @@ compared with the networks it describes in a child process, so that the driver i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import subprocess
@@ -29,8 +30,9 @@ CHECK_LIMIT_S = 600.0
 PROBE_FILE = "logs/probe"
 
 
-def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Sequence[Task]) -> None:
+def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Sequence[Task], gang_size: int) -> None:
     """Raise the first problem that would stop the render later. `left`: tasks that will be run."""
+    check_gang(Path(recipe.facts.checkpoint.path), gang_size)
     choose_encoder(recipe.spec.output.codec, find_ffmpeg(os.environ.get("LONGTAKE_FFMPEG")))
     check_writable(Path(plan.output_path))
     check_store(store)
@@ -63,6 +65,26 @@ def check_store(store: Store) -> None:
         store.delete(PROBE_FILE)
     except SettingError as error:
         raise SettingError(error.message, field="--store", value=store.url, remedy=error.remedy) from error
+
+
+def check_gang(folder: Path, size: int) -> None:
+    """Whether so many processes can share the attention heads of the checkpoint's network. Raises SettingError."""
+    for heads in _attention_heads(folder):
+        if heads % size:
+            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            remedy = f"Its members share them out evenly: {fitting} are possible."
+            message = f"does not divide the checkpoint's {heads} attention heads"
+            raise SettingError(message, field="--gang", value=size, remedy=remedy)
+
+
+def _attention_heads(folder: Path) -> list[int]:
+    """Of each transformer in the folder; what cannot be read is for the checkpoint's own check to say."""
+    found = []
+    for pattern in ("dit", "base_model_int8", "roles/*/dit", "roles/*/base_model_int8"):
+        for path in sorted(folder.glob(f"{pattern}/config.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found.append(int(json.loads(path.read_text())["num_heads"]))
+    return found
 
 
 def check_space(plan: Plan, store: Store, left: Sequence[Task]) -> None:

@@ -60,6 +60,8 @@ class RenderRequest:
     allow_mixed: bool = False
     workers: int | None = None
     threads: int | None = None
+    gang: int = 1
+    """How many processes compute each segment together."""
     device: str = "auto"
     address: str | None = None
     insecure: bool = False
@@ -152,7 +154,7 @@ def render(request: RenderRequest) -> int:
         if prepared.redo is not None and running(prepared.store) is not None:
             return _redo_in_running(prepared)
         _refuse_second(prepared.store)
-        check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left)
+        check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left, request.gang)
         if prepared.redo is not None:
             ask_redo(prepared)
         display = make_display(as_json=request.as_json)
@@ -233,7 +235,7 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
 
     recipe, store, plan = prepared.recipe, prepared.store, prepared.plan
     put_media(plan, store)
-    cpus = max(_cores(), (request.workers or 1) * (request.threads or 1))
+    cpus = max(_cores(), (request.workers or request.gang) * (request.threads or 1))
     # Who names a number of GPU workers means them: a cluster that is starting gets the time for it.
     gpus = (request.workers or 0) if request.device == "cuda" else 0
     with open_session(request.address, cpus=cpus, gpus=gpus, insecure=request.insecure) as session:
@@ -243,6 +245,8 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
             workers=request.workers,
             threads=request.threads,
             useful=useful_workers(plan),
+            gang_size=request.gang,
+            chains=count_chains(plan),
         )
         settings = WorkerSettings(
             store_url=store.url,
@@ -253,6 +257,7 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
             ffmpeg=os.environ.get("LONGTAKE_FFMPEG"),
             encoder_threads=ENCODER_THREADS,
             scratch_root=session.scratch_path,
+            gang_size=placement.gang_size,
         )
         job = RenderJob(
             store.url, recipe, placement, settings, request.fresh, request.allow_mixed, request.deadline_s
@@ -315,6 +320,12 @@ def useful_workers(plan: Plan) -> int:
     """How many workers the plan can keep busy at its widest."""
     kinds = [task.kind for task in plan.tasks.values()]
     return max(1, kinds.count("window"), kinds.count("encode"))
+
+
+def count_chains(plan: Plan) -> int:
+    """How many chains the plan can run side by side: those that wait for no other segment."""
+    segments = {task.id for task in plan.tasks.values() if task.kind == "segment"}
+    return max(1, sum(segments.isdisjoint(plan.tasks[task_id].inputs) for task_id in segments))
 
 
 def _cores() -> int:

@@ -19,6 +19,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +38,7 @@ from pipeline.tasks import ArtifactFile, Order, Produced, Role
 
 if TYPE_CHECKING:
     from actors.base import ActorContext
+    from actors.gang import Gang, MeetingPlace
 
 log = logging.getLogger("longtake.worker")
 SIDE_GROUP = "progress"
@@ -56,6 +58,8 @@ class Worker:
         self._stop = threading.Event()
         self._standing = Standing()
         self._actor: Any = None
+        self._meeting: MeetingPlace | None = None
+        self._gang: Gang | None = None
 
     def greet(self) -> Greeting | Failed:
         """Import the libraries and say which ones they are."""
@@ -67,14 +71,24 @@ class Worker:
         """
         return self._guarded(lambda: self._assume(role, weights))
 
+    def open_meeting(self) -> str | Failed:
+        """Of a gang's first member: where the others meet it."""
+        return self._guarded(self._open_meeting)
+
+    def join_gang(self, rank: int, address: str) -> int | Failed:
+        """Become member `rank` of the gang that meets at `address`; returns when all are there."""
+        return self._guarded(lambda: self._join_gang(rank, address))
+
     def run(self, order: Order) -> Produced | Failed:
         """Compute one order."""
         self._stop.clear()
         self._standing = Standing(order.task.id, order.attempt)
         path = log_path(order.task.id, order.attempt, order.epoch)
         try:
-            # A store of its own: what the log costs is not the order's.
-            with self._log.attempt(open_store(self._settings.store_url), path):
+            # A store of its own: what the log costs is not the order's. The log of a gang is its first member's; of
+            # the others the last lines come with their failures.
+            leads = self._gang is None or self._gang.leads
+            with self._log.attempt(open_store(self._settings.store_url), path) if leads else nullcontext():
                 return self._guarded(lambda: self._run(order))
         finally:
             self._standing = Standing()
@@ -120,10 +134,28 @@ class Worker:
         settings = self._settings
         set_threads(settings.threads)
         numerics = describe_numerics(
-            settings.device, settings.dtype, settings.threads, settings.ffmpeg, settings.encoder_threads
+            settings.device,
+            settings.dtype,
+            settings.threads,
+            settings.ffmpeg,
+            settings.encoder_threads,
+            settings.gang_size,
         )
         node_id = ray.get_runtime_context().get_node_id()
         return Greeting(node_id, socket.gethostname(), os.getpid(), numerics)
+
+    def _open_meeting(self) -> str:
+        from actors.gang import MeetingPlace
+
+        self._meeting = MeetingPlace(ray.util.get_node_ip_address())
+        return self._meeting.address
+
+    def _join_gang(self, rank: int, address: str) -> int:
+        from actors.gang import join_gang
+
+        settings = self._settings
+        self._gang = join_gang(rank, settings.gang_size, self._meeting or address, settings.device)
+        return rank
 
     def _assume(self, role: Role, weights: WeightsParams | None) -> Role:
         from actors import make_actor
@@ -153,6 +185,7 @@ class Worker:
             ffmpeg=find_ffmpeg(settings.ffmpeg),
             encoder_threads=settings.encoder_threads,
             scratch_path=self._scratch_path,
+            gang=self._gang if role == "chain" else None,
             stop=self._stop,
             report=self._report,
             saved=self._saved,

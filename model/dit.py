@@ -142,9 +142,9 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks):
             memory = None if cond_cache is None else cond_cache.layers[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, t, y, keep, layout, memory, use_reentrant=False)
+                x, _ = checkpoint(block, x, t, y, keep, layout, memory, use_reentrant=False)
             else:
-                x = block(x, t, y, keep, layout, memory)
+                x, _ = block(x, t, y, keep, layout, memory)
         return self._unpatchify(self.final_layer(x, t, layout), layout)
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class DiT(nn.Module):
         t = self.t_embedder(torch.zeros(cond_latents.shape[0], device=x.device))
         layers = []
         for block in self._layers():
-            x, own = block.run_conditions(x, t, layout)
+            x, own = block(x, t, None, None, layout, None)
             layers.append(own)
         return CondCache(tuple(layers), grid, self.attention)
 
@@ -284,30 +284,17 @@ class Block(nn.Module):
         self.ffn = SwiGLU(width, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, keep: Tensor | None, layout: Layout, memory: Memory | None
-    ) -> Tensor:
-        """x [B,N,C], t [B,1 or T,adaln], y [B,L,C] -> [B,N,C]; `memory` comes before the block's own."""
-        return self._run(x, t, (y, keep), layout, memory)[0]
-
-    def run_conditions(self, x: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Memory]:
-        """The block over condition tokens alone, which see no text: the stream, and what they leave to attend to."""
-        return self._run(x, t, None, layout, None)
-
-    def _run(
-        self,
-        x: Tensor,
-        t: Tensor,
-        text: tuple[Tensor, Tensor | None] | None,
-        layout: Layout,
-        memory: Memory | None,
+        self, x: Tensor, t: Tensor, y: Tensor | None, keep: Tensor | None, layout: Layout, memory: Memory | None
     ) -> tuple[Tensor, Memory]:
+        """x [B,N,C], t [B,1 or T,adaln], y [B,L,C] or None for conditions alone -> the stream [B,N,C], and what its
+        tokens leave to attend to; `memory` comes before that.
+        """
         mod = self.adaLN_modulation(t).chunk(6, dim=-1)
         frame = layout.frame
         wanted = _activations_of(self.attn.qkv)
         normed = modulate(x, mod[0], mod[1], index=frame, eps=_NORM_EPS, quantise=wanted)
         update, own = self.attn(normed, layout, memory)
-        if layout.num_cond == layout.grid[0]:
-            text = None
+        text = None if y is None or layout.num_cond_tokens == x.shape[1] else (y, keep)
         x, normed = self._add_text(x, mod, update, text, layout)
         return add_gated(x, mod[5], self.ffn(normed), index=frame), own
 

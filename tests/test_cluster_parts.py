@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.door import Door
 from cluster.job import RenderJob
 from cluster.orchestrator import Member, Orchestrator, Story, first_line, lost_worker
 from cluster.placement import place_workers
@@ -231,13 +232,21 @@ def test_the_share_of_store_time_is_that_of_the_tasks_that_measured_it() -> None
 # Ray's errors
 
 
+def door_on(*node_ids: str) -> Door:
+    """A door to a worker whose processes are on these nodes, without the processes."""
+    door = Door.__new__(Door)
+    door.node_ids = node_ids
+    return door
+
+
 def test_ray_errors_become_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import exceptions
 
     monkeypatch.setattr("ray.nodes", lambda: [{"NodeID": "n1", "Alive": True}, {"NodeID": "n2", "Alive": False}])
-    member = Member("w1", None, "n1")
+    member = Member("w1", door_on("n1"))
     assert not lost_worker(0.0, member, exceptions.ActorDiedError()).node_lost
-    assert lost_worker(0.0, Member("w1", None, "n2"), exceptions.ActorDiedError()).node_lost
+    assert lost_worker(0.0, Member("w1", door_on("n2")), exceptions.ActorDiedError()).node_lost
+    assert lost_worker(0.0, Member("w1", door_on("n1", "n2")), exceptions.ActorDiedError()).node_lost, "one of a gang's"
     assert lost_worker(0.0, member, exceptions.NodeDiedError("gone")).node_lost
     assert "memory" in lost_worker(0.0, member, exceptions.OutOfMemoryError("oom")).reason
 

@@ -38,12 +38,12 @@ RENDER = {
 }
 
 
-def make_checkpoint(folder: Path, *, seed: int = 0) -> Path:
+def make_checkpoint(folder: Path, *, seed: int = 0, heads: int = 1) -> Path:
     """Write the folder; the same seed gives the same bytes."""
     torch.manual_seed(seed)
     _make_text(folder)
     _make_vae(folder / "vae")
-    _make_dit(folder / "dit")
+    _make_dit(folder / "dit", heads)
     for name in ("cfg_step_lora", "refinement_lora"):
         _save(_lora_tensors(), folder / "lora" / f"{name}.safetensors")
     (folder / "render.json").write_text(json.dumps(RENDER))
@@ -111,12 +111,12 @@ def _make_vae(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_json()))
 
 
-def _make_dit(folder: Path) -> None:
+def _make_dit(folder: Path, heads: int) -> None:
     from model.config import DiTConfig
     from model.dit import DiT
 
     config = DiTConfig(
-        hidden_size=WIDTH, depth=1, num_heads=1, caption_channels=CAPTION_CHANNELS, adaln_tembed_dim=32,
+        hidden_size=WIDTH, depth=1, num_heads=heads, caption_channels=CAPTION_CHANNELS, adaln_tembed_dim=32,
         frequency_embedding_size=64,
     )  # fmt: skip
     _save(_randomise(DiT(config), 0.7), folder / "diffusion_pytorch_model.safetensors")
