@@ -103,6 +103,8 @@ def run_dit(args: argparse.Namespace) -> None:
         start_from=args.start_from,
         device=args.device,
         checkpointing=args.checkpointing,
+        compiled=args.compile,
+        learn_text=not args.keep_text,
         samples=samples_of(args),
         log=log,
     )
@@ -169,6 +171,7 @@ def run_distill(args: argparse.Namespace) -> None:
         jump=args.jump,
         rank=args.rank,
         seed=args.seed,
+        compiled=args.compile,
         log=log,
     )
 
@@ -193,7 +196,8 @@ def run_refine(args: argparse.Namespace) -> None:
 
 
 def run_decoder(args: argparse.Namespace) -> None:
-    vae = vae_stage.train_decoder(args.folder, checkpoint_vae(args), plan_of(args, 0.99), args.seed, log)
+    plan = plan_of(args, 0.99)
+    vae = vae_stage.train_decoder(args.folder, checkpoint_vae(args), plan, args.seed, log, args.compile)
     load_average(vae, args.folder / "decoder.safetensors")
     write_vae(vae, args.folder / "checkpoint")
 
@@ -298,6 +302,8 @@ def parser() -> argparse.ArgumentParser:
         stage.add_argument("--to", type=Path, default=None, help="folder to pack into, RUN/checkpoint by default")
         stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         stage.add_argument("--checkpointing", action="store_true", help="save memory for time")
+        stage.add_argument("--compile", action="store_true", help="fuse with torch.compile (wants a C++ compiler)")
+        stage.add_argument("--keep-text", action="store_true", help="leave the text encoder as it is")
         stage.add_argument("--sheet-every", type=int, default=0, metavar="N", help="a sample sheet every N steps")
         needed = name in ("clips", "lora")
         stage.add_argument("--checkpoint", type=Path, default=None, required=needed, help="checkpoint folder")

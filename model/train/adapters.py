@@ -23,7 +23,17 @@ from model import world
 from model.dit import DiT
 from model.lora import attach_trainable_lora, save_lora
 from model.sampling import cfg_zero
-from model.train.dit import CONDITION_NOISE, SHIFT, Batch, Generator, Shape, draw_batch, draw_sigmas
+from model.train.dit import (
+    CONDITION_NOISE,
+    SHIFT,
+    Batch,
+    Generator,
+    Shape,
+    compile_blocks,
+    draw_batch,
+    draw_sigmas,
+    quick_attention,
+)
 from model.train.films import FPS, Cache, clip_film
 from model.train.loop import Plan, Training, averaged, load_average, processes, share, train
 from model.vae import VAE
@@ -73,7 +83,7 @@ def _guided(
     """The teacher's prediction with guidance away from the empty prompt; zero for the condition frames."""
     text, mask = teacher.prompter([""] * len(prompts) + prompts)
     twice = torch.cat([latents, latents])
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with torch.autocast(latents.device.type, torch.bfloat16), quick_attention(latents.device):
         out = teacher.dit(twice, torch.cat([timesteps] * 2), text, mask, num_cond_latents=num_cond)
     unconditional, conditional = out[:, :, num_cond:].chunk(2)
     return F.pad(cfg_zero(conditional, unconditional, guidance), (0, 0, 0, 0, num_cond, 0))
@@ -96,7 +106,7 @@ def distill_loss(
         target = (first_leg * target + second_leg * then) / (first_leg + second_leg).clamp_min(1e-6)
     with torch.no_grad():
         text, mask = student.prompter(batch.prompts)
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with torch.autocast(latents.device.type, torch.bfloat16), quick_attention(latents.device):
         out = student.dit(latents, timesteps, text, mask, num_cond_latents=n)
     return (out - target)[:, :, n:].square().mean()
 
@@ -120,6 +130,7 @@ def train_distilled(
     jump: float,
     rank: int,
     seed: int,
+    compiled: bool = False,
     log: Callable[[str], None] = print,
 ) -> None:
     """Train and write lora/cfg_step_lora.safetensors under `folder`: with `jump` 0 guidance (state cfg_step), with
@@ -134,6 +145,9 @@ def train_distilled(
     training = Training(student.dit, plan)
     if state.exists():
         training.load(state)
+    if compiled:
+        compile_blocks(student.dit)
+        compile_blocks(teacher.dit)
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(seed * 6_000_011 + share(step))

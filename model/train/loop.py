@@ -68,17 +68,17 @@ def _sum_over_processes(tensors: list[Tensor], divide_by: int = 1) -> None:
         t.copy_(total.view_as(t))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of [m,n]: five Newton-Schulz steps with the coefficients published with
-    Muon (K. Jordan).
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearly the orthogonal factors of matrices [...,m,n]: five Newton-Schulz steps with the coefficients published
+    with Muon (K. Jordan).
     """
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
-    x = x / (x.norm() + 1e-7)
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = (matrices if wide else matrices.mT).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * (square @ square) - 4.7750 * square) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -96,12 +96,18 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             updates = [torch.zeros_like(p) for p in params]
+            # Matrices of one shape go together: one product for all of them costs far less than one for each.
+            dealt: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for place, (p, update) in enumerate(zip(params, updates, strict=True)):
                 momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 if place % count == rank:
                     blended = p.grad.lerp(momentum, group["momentum"]).flatten(1)
-                    update.copy_((orthogonal(blended) * (0.2 * max(blended.shape) ** 0.5)).view_as(p))
+                    dealt.setdefault(blended.shape, []).append((blended, update))
+            for shape, pairs in dealt.items():
+                made = orthogonal(torch.stack([blended for blended, _ in pairs])) * (0.2 * max(shape) ** 0.5)
+                for one, (_, update) in zip(made, pairs, strict=True):
+                    update.copy_(one.view_as(update))
             if count > 1:
                 _sum_over_processes(updates)
             torch._foreach_add_(params, updates, alpha=-group["lr"])

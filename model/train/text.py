@@ -20,6 +20,7 @@ from model import world
 
 VOCABULARY = 512
 MAX_TOKENS = 64
+PADDED_TO = 32
 WIDTH = 128
 
 
@@ -71,7 +72,9 @@ def new_encoder() -> UMT5EncoderModel:
 
 
 class Prompter(nn.Module):
-    """Tokenizer and encoder together: prompts -> states [B,1,L,C] and mask [B,L], L the longest prompt."""
+    """Tokenizer and encoder together: prompts -> states [B,1,L,C] and mask [B,L], L a multiple of 32, so that batches have
+    one shape and a compiled step is compiled once.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> None:
         super().__init__()
@@ -79,7 +82,14 @@ class Prompter(nn.Module):
         self.encoder = encoder
 
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        batch = self.tokenizer(
+            prompts,
+            padding=True,
+            pad_to_multiple_of=PADDED_TO,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        )
         batch = batch.to(self.encoder.device)
         mask = batch["attention_mask"]
         states = self.encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state

@@ -189,9 +189,11 @@ def train_clips(
     return vae
 
 
-def train_decoder(folder: Path, vae: VAE, plan: Plan, seed: int, log: Callable[[str], None] = print) -> VAE:
-    """Goes on with the decoder of a finished autoencoder on clips, latents slightly disturbed. State:
-    folder/decoder.safetensors.
+def train_decoder(
+    folder: Path, vae: VAE, plan: Plan, seed: int, log: Callable[[str], None] = print, compiled: bool = False
+) -> VAE:
+    """Goes on with the decoder of a finished autoencoder on clips, latents slightly disturbed, products in bf16.
+    State: folder/decoder.safetensors. `compiled`: torch.compile fuses what stands between the convolutions.
     """
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
@@ -200,6 +202,8 @@ def train_decoder(folder: Path, vae: VAE, plan: Plan, seed: int, log: Callable[[
     state = folder / "decoder.safetensors"
     if state.exists():
         training.load(state)
+
+    decode = torch.compile(vae.decode, dynamic=False) if compiled else vae.decode
 
     def loss_of(step: int) -> Tensor:
         large = step % 3 == 2
@@ -210,7 +214,9 @@ def train_decoder(folder: Path, vae: VAE, plan: Plan, seed: int, log: Callable[[
             latents = vae.encode(video)
             noise = 0.1 * torch.rand(1, generator=generator) * torch.randn(latents.shape, generator=generator)
             latents += noise.to(latents.device)
-        return weighted_error(vae.decode(latents) - video, mask)
+        with torch.autocast(video.device.type, torch.bfloat16):
+            decoded = decode(latents)
+        return weighted_error(decoded.float() - video, mask)
 
     both = lambda step: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
     train(training, loss_of, state, both, evaluate_every=300, log=log)
