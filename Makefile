@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # Two pytest processes, one compute thread each: the checks are sized for two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup dev demo media test lint types unit five-minutes clean help
+.PHONY: setup dev demo media test lint types unit chaos five-minutes clean help
 
 help:
 	@echo "make demo          set up and render examples/demo.yaml with the bundled checkpoint"
 	@echo "make test          set up and run every check: ruff, mypy, architecture, tests"
+	@echo "make chaos         clusters on this machine whose nodes and processes are taken away"
 	@echo "make five-minutes  render examples/five_minutes.yaml and measure time and memory"
 	@echo "make clean         remove the virtual environment and what was rendered here"
 
@@ -45,7 +46,11 @@ types: dev
 	$(BIN)/mypy
 
 unit: dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --ignore=tests/chaos
+
+# Clusters of several raylets, whose machines come and go.
+chaos: dev
+	$(BIN)/python -m pytest -q tests/chaos
 
 test: lint types unit
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli_deploy import add_manifest, add_schedule_commands
+from cluster.cli_farm import add_cluster, add_farm_commands, cluster_of, is_farmed
 from pipeline.errors import LongtakeError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     add_manifest(commands)
     add_schedule_commands(commands)
+    add_farm_commands(commands)
     return parser
 
 
@@ -168,12 +170,14 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("status", help="how far a render is, running or not")
     _add_place(parser)
+    add_cluster(parser)
     parser.set_defaults(command=_status)
 
 
 def _add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("logs", help="what was tried for each task, where, and the workers' full logs")
     _add_place(parser)
+    add_cluster(parser)
     parser.add_argument("task", nargs="?", default=None, metavar="TASK", help="a task's id or label: its full logs")
     parser.set_defaults(command=_logs)
 
@@ -186,6 +190,8 @@ def _add_requests(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     ):
         parser = commands.add_parser(name, help=text)
         _add_place(parser)
+        if name != "retry":
+            add_cluster(parser)
         parser.set_defaults(command=command)
 
 
@@ -317,24 +323,41 @@ def _render(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from cluster.show import print_status
 
+    if is_farmed(options):
+        from cluster.farm_commands import print_farm_status
+
+        return print_farm_status(options.place, cluster_of(options), as_json=options.json)
     return print_status(options.place, options.store, as_json=options.json)
 
 
 def _logs(options: argparse.Namespace) -> int:
     from cluster.logs import print_logs
 
-    return print_logs(options.place, options.store, options.task, as_json=options.json)
+    place = options.place
+    if is_farmed(options):
+        from cluster.farm_commands import place_of
+
+        place = place_of(place, cluster_of(options))
+    return print_logs(place, options.store, options.task, as_json=options.json)
 
 
 def _pause(options: argparse.Namespace) -> int:
     from cluster.ask import print_pause
 
+    if is_farmed(options):
+        from cluster.farm_commands import change
+
+        return change(options.place, "paused", cluster_of(options), as_json=options.json)
     return print_pause(options.place, options.store, as_json=options.json)
 
 
 def _cancel(options: argparse.Namespace) -> int:
     from cluster.ask import print_cancel
 
+    if is_farmed(options):
+        from cluster.farm_commands import change
+
+        return change(options.place, "cancelled", cluster_of(options), as_json=options.json)
     return print_cancel(options.place, options.store, as_json=options.json)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray import exceptions as ray_errors
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.job import Failed, Greeting, Standing, WorkerSettings
 from cluster.placement import Placement
@@ -36,15 +36,17 @@ class Door:
     raise what Ray raises if it is gone.
     """
 
-    def __init__(self, settings: WorkerSettings, place: Placement, size: int = 1) -> None:
-        """Asks for the processes; they are there when `greet` returns."""
+    def __init__(
+        self, settings: WorkerSettings, place: Placement, size: int = 1, *, on_node: str | None = None
+    ) -> None:
+        """Asks for the processes, on a node if one is named; they are there when `greet` returns."""
         self.size = size
         self.node_ids: tuple[str, ...] = ()
         """Of its members, once they have greeted."""
         self.broken = ""
         """Why the worker is of no use any more although nobody is lost; "" if it is."""
         self._bundles = _reserve(place, size) if size > 1 else None
-        self._members = [_start(settings, place, self._bundles, rank) for rank in range(size)]
+        self._members = [_start(settings, place, self._bundles, rank, on_node) for rank in range(size)]
 
     async def greet(self) -> tuple[Greeting, ...] | Failed:
         """Every member's greeting; a gang has met when it returns."""
@@ -65,6 +67,12 @@ class Door:
         """Have the role's models loaded, by all members for the role of segments."""
         answers = await self._all([member.assume.remote(role, weights) for member in self._working(role == "chain")])
         return answers if isinstance(answers, Failed) else role
+
+    async def serve(self, store_url: str, checkpoint_path: str) -> Failed | None:
+        """Have it work for another render, with the models that are loaded."""
+        calls = [member.serve.remote(store_url, checkpoint_path) for member in self._members]
+        answers = await self._all(calls)
+        return answers if isinstance(answers, Failed) else None
 
     async def run(self, order: Order) -> Produced | Failed:
         """Have an order computed, by all members if it is a segment. The first one has the files."""
@@ -149,8 +157,12 @@ def _reserve(place: Placement, size: int) -> PlacementGroup:
     return placement_group([dict(bundle) for _ in range(size)], strategy="PACK")
 
 
-def _start(settings: WorkerSettings, place: Placement, bundles: PlacementGroup | None, index: int) -> Any:
+def _start(
+    settings: WorkerSettings, place: Placement, bundles: PlacementGroup | None, index: int, on_node: str | None
+) -> Any:
     options: dict[str, Any] = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus}
+    if on_node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(on_node, soft=False)
     if bundles is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(bundles, index)
     return worker_class().options(**options).remote(settings)

@@ -79,6 +79,15 @@ class Worker:
         """Become member `rank` of the gang that meets at `address`; returns when all are there."""
         return self._guarded(lambda: self._join_gang(rank, address))
 
+    def serve(self, store_url: str, checkpoint_path: str) -> Failed | None:
+        """Work for another render from now on, with the models that are loaded."""
+        return self._guarded(lambda: self._serve(store_url, checkpoint_path))
+
+    def _serve(self, store_url: str, checkpoint_path: str) -> None:
+        self._settings = replace(self._settings, store_url=store_url, checkpoint_path=checkpoint_path)
+        # Models that are loaded keep the store they were given, so it is that one that turns to the other render.
+        self._store.point_at(open_store(store_url))
+
     def run(self, order: Order) -> Produced | Failed:
         """Compute one order."""
         self._stop.clear()

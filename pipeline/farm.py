@@ -107,12 +107,14 @@ class Borrower:
 
 @dataclass(frozen=True)
 class Grant:
-    """Lend the worker to the render, in this role, for one task. `ahead`: to load the role, there is no task yet."""
+    """Lend the worker to the render, in this role, for one task: of this kind, or with luck another that its role
+    runs. None: only to load the role ahead, there is no task yet.
+    """
 
     worker_id: str
     render_id: str
     role: Role
-    ahead: bool = False
+    kind: TaskKind | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class _Round:
         self._held[render.render_id] += 1
         self._held_by[render.owner] += 1
         self._given[render.render_id, kind] += 1
-        self._grants.append(Grant(worker.worker_id, render.render_id, role))
+        self._grants.append(Grant(worker.worker_id, render.render_id, role, kind))
 
     # Whose turn it is
 
@@ -398,7 +400,7 @@ class _Round:
             if worker.load is not None:
                 staff[worker.load] -= 1
             staff[load] += 1
-            self._grants.append(Grant(worker.worker_id, render.render_id, role, ahead=True))
+            self._grants.append(Grant(worker.worker_id, render.render_id, role))
 
 
 def _role_to_load(need: _Need, loads: Mapping[Role, Load]) -> Role | None:

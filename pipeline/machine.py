@@ -706,8 +706,17 @@ class Machine:
         for task_id, until_s in self._not_before_s.items():
             if self._clock_s < until_s and self._graph.is_ready(task_id):
                 ready[self._graph.tasks[task_id].kind] -= 1
+        for worker in self._crew.workers.values():
+            if worker.lent and worker.role is not None and worker.loading_since_s is not None:
+                self._reserve(worker.role, ready)
         ahead: dict[Role, int] = {"chain": self._graph.chains_left(), "refine": self._graph.left["window"]}
         return Needs(ready, ahead, self._graph.path_s(), self._graph.work_s)
+
+    def _reserve(self, role: Role, ready: Counter[TaskKind]) -> None:
+        """What a lent worker that still loads will take does not count as something nobody has."""
+        kind = next((kind for kind in kinds_of(role, {}) if ready[kind] > 0), None)
+        if kind is not None:
+            ready[kind] -= 1
 
     # What a person sees
 

@@ -91,6 +91,10 @@ class ObjectStore(Store):
     def read(self, path: str) -> bytes:
         return bytes(self._try(path, lambda: self.client.get(check_path(path)).bytes()))
 
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        get = partial(self.client.get_range, check_path(path), start=start, end=start + length)
+        return bytes(self._try(path, get))
+
     def read_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         def read(path: str) -> tuple[str, bytes | None]:
             try:

@@ -73,6 +73,10 @@ class Store(ABC):
     def read(self, path: str) -> bytes:
         """The whole file. For records; artifacts are opened with `open_local`."""
 
+    @abstractmethod
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        """Bytes `start` to `start + length` of a file, fewer where it ends before. Nothing is verified."""
+
     def read_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         """Many small files, in the order asked, side by side where that is faster; None for a missing one."""
         for path in paths:
@@ -216,6 +220,11 @@ class LocalStore(Store):
     def read(self, path: str) -> bytes:
         with _mapped(path):
             return self._local(path).read_bytes()
+
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        with _mapped(path), self._local(path).open("rb") as stream:
+            stream.seek(start)
+            return stream.read(length)
 
     def open_local(self, artifact: ArtifactFile, scratch: Path) -> Path:
         try:

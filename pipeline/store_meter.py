@@ -45,6 +45,10 @@ class MeteredStore(Store):
     def __init__(self, store: Store, meter: Meter) -> None:
         self.url, self.meter, self._store = store.url, meter, store
 
+    def point_at(self, store: Store) -> None:
+        """From now on stand for another store; for a worker that goes on to another render."""
+        self.url, self._store = store.url, store
+
     def write_attempt(self, path: str, source: bytes | Path) -> ArtifactFile:
         with self.meter.running():
             return self._store.write_attempt(path, source)
@@ -64,6 +68,10 @@ class MeteredStore(Store):
     def read(self, path: str) -> bytes:
         with self.meter.running():
             return self._store.read(path)
+
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        with self.meter.running():
+            return self._store.read_range(path, start, length)
 
     def read_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         # As a whole: the reads go on side by side while one of them is taken up.

@@ -239,6 +239,9 @@ class SimStore(Store):
     def read(self, path: str) -> bytes:
         return self._run(path, lambda: self._get(path))
 
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        return self.read(path)[start : start + length]
+
     def open_local(self, artifact: ArtifactFile, scratch: Path) -> Path:
         raise NotImplementedError("simulated workers read with read_artifact")
 

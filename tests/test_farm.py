@@ -58,7 +58,7 @@ def render(name: str, ready: Mapping[str, int] | None = None, *, checkpoint: str
 def lent(workers: list[Lender], *renders: Borrower, now_s: float = 0.0, load_s: float = 60.0) -> dict[str, str]:
     """`render role` by worker."""
     grants = lend(now_s, workers, renders, lambda load: load_s)
-    return {grant.worker_id: f"{grant.render_id} {grant.role}{' ahead' * grant.ahead}" for grant in grants}
+    return {grant.worker_id: f"{grant.render_id} {grant.role}{' ahead' * (grant.kind is None)}" for grant in grants}
 
 
 # Whose turn it is

@@ -1,0 +1,53 @@
+"""What a farm tells Prometheus for all its renders together: the farm's part of `cluster.metrics.METRICS`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import get_args
+
+from cluster.metrics import Instrument
+from pipeline.farm import Lender
+from pipeline.submissions import Phase, SubmissionState
+from pipeline.tasks import CommitRecord, TaskKind
+
+OF_A_FARM = (
+    "longtake_task_seconds",
+    "longtake_frames_total",
+    "longtake_retries_total",
+    "longtake_workers",
+    "longtake_renders",
+    "longtake_gpu_busy_fraction",
+    "longtake_cost_total",
+)
+
+
+class FarmMetrics:
+    """One farm's. `make` builds an instrument for a name of METRICS."""
+
+    def __init__(self, make: Callable[[str], Instrument]) -> None:
+        self._instruments = {name: make(name) for name in OF_A_FARM}
+
+    def count_task(self, stage: TaskKind, seconds: float, record: CommitRecord | None) -> None:
+        """A task has ended; without a record it came to nothing."""
+        labels = {"stage": str(stage), "outcome": "committed" if record else "lost"}
+        self._instruments["longtake_task_seconds"].observe(max(seconds, 1e-6), labels)
+        if record is None:
+            self._instruments["longtake_retries_total"].inc(1, {"stage": str(stage)})
+        elif frames := record.measures.get("frames", 0):
+            self._instruments["longtake_frames_total"].inc(frames, {"stage": str(stage)})
+
+    def count_cost(self, cost: float) -> None:
+        """Money was spent."""
+        if cost > 0:
+            self._instruments["longtake_cost_total"].inc(cost, {})
+
+    def show(self, renders: Iterable[SubmissionState], workers: Iterable[Lender]) -> None:
+        """How things stand."""
+        phases = Counter(state.phase for state in renders)
+        for phase in get_args(Phase):
+            self._instruments["longtake_renders"].set(phases[phase], {"phase": phase})
+        busy = Counter(bool(worker.render_id) for worker in workers)
+        for state, count in (("busy", busy[True]), ("idle", busy[False])):
+            self._instruments["longtake_workers"].set(count, {"state": state})
+        self._instruments["longtake_gpu_busy_fraction"].set(busy[True] / max(1, busy.total()), {})

@@ -1,0 +1,282 @@
+"""What a farm remembers and what its commands decide without a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli_farm import is_farmed
+from cluster.download import download_film
+from cluster.farm_commands import Cluster, Wishes, parse_hook, submission_of
+from cluster.farm_hooks import call_hooks
+from cluster.farm_metrics import FarmMetrics
+from cluster.metrics import METRICS
+from cluster.render import Prepared
+from pipeline.errors import CorruptArtifact, SettingError
+from pipeline.farm import Lender
+from pipeline.ledger import LedgerState
+from pipeline.store import LocalStore
+from pipeline.submissions import (
+    Adjusted,
+    Changed,
+    Hook,
+    Submission,
+    SubmissionBook,
+    SubmissionState,
+    Submitted,
+    Usage,
+    UsageBook,
+    render_id_of,
+    same_order,
+)
+from pipeline.tasks import CommitRecord
+from tests.rendered import recipe_of, render_into
+
+
+def submission(render_id: str = "a", **more: Any) -> Submission:
+    fields = {"store_url": "/renders/a", "recipe": {"spec": {"title": "A"}, "written_at": "now"}}
+    return Submission(render_id, **{**fields, **more})  # type: ignore[arg-type]
+
+
+def loaded(folder: Path) -> SubmissionBook:
+    book = SubmissionBook(LocalStore(folder))
+    book.load()
+    return book
+
+
+# The book
+
+
+def test_a_farm_that_starts_again_knows_its_queue(tmp_path: Path) -> None:
+    book, hook = loaded(tmp_path), Hook(("done",), command=("true",))
+    book.add("a", Submitted(1.0, submission(hooks=(hook,), most_cost=3.0)))
+    book.add("a", Changed(2.0, "running"))
+    book.add("a", Adjusted(3.0, priority=90))
+    book.add("b", Submitted(4.0, submission("b")))
+    book.add("b", Changed(5.0, "failed", "no", 1))
+    again = loaded(tmp_path)
+    assert again.states == book.states
+    a, b = again.states["a"], again.states["b"]
+    assert (a.phase, a.submission.priority, a.submission.most_cost, a.submission.hooks) == ("running", 90, 3.0, (hook,))
+    assert (b.phase, b.message, b.exit_code, b.is_open) == ("failed", "no", 1, False)
+    again.add("b", Submitted(6.0, submission("b")))
+    assert loaded(tmp_path).states["b"].phase == "queued"
+
+
+def test_a_second_farm_on_the_same_books_is_refused_and_overwrites_nothing(tmp_path: Path) -> None:
+    one, other = loaded(tmp_path), loaded(tmp_path)
+    one.add("a", Submitted(1.0, submission()))
+    with pytest.raises(SettingError, match="another farm"):
+        other.add("a", Submitted(2.0, submission()))
+    assert loaded(tmp_path).states["a"].submitted_at_s == 1.0
+    assert "a" not in other.states
+
+
+def test_an_entry_that_is_not_whole_is_not_believed(tmp_path: Path) -> None:
+    loaded(tmp_path).add("a", Submitted(1.0, submission()))
+    path = tmp_path / "submissions" / "a" / "000001.json"
+    path.write_bytes(path.read_bytes().replace(b'"priority":50', b'"priority":99'))
+    with pytest.raises(CorruptArtifact):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("render_id", ["../../evil", "", "A", "a/b", "-a", "a" * 64])
+def test_ids_are_file_names_and_nothing_else(render_id: str) -> None:
+    with pytest.raises(SettingError, match="id"):
+        submission(render_id)
+
+
+@pytest.mark.parametrize("priority", [-1, 101])
+def test_priorities_are_from_0_to_100(priority: int) -> None:
+    with pytest.raises(SettingError, match="priority"):
+        submission(priority=priority)
+
+
+def test_one_store_is_one_render_however_it_is_called() -> None:
+    assert render_id_of("Two Shots!", "/a") == render_id_of("Two Shots!", "/a")
+    assert render_id_of("Two Shots!", "/a") != render_id_of("Two Shots!", "/b")
+    assert render_id_of("Two Shots!", "/a").startswith("two-shots-")
+    assert submission(render_id_of("é" * 99, "/a")).render_id.startswith("film-")
+
+
+def test_the_same_order_is_the_same_whenever_and_however_urgently_it_is_given() -> None:
+    later = {"spec": {"title": "A"}, "written_at": "later"}
+    assert same_order(submission(), submission(recipe=later, priority=90))
+    assert not same_order(submission(), submission(recipe={"spec": {"title": "B"}}))
+
+
+def test_usage_survives_and_adds_up_by_owner(tmp_path: Path) -> None:
+    book, store = UsageBook(), LocalStore(tmp_path)
+    book.of("a", "ann").busy_s += 10.0
+    book.of("b", "ann").lost_s += 5.0
+    book.of("c", "bob").loading_s += 1.0
+    book.of("").idle_s += 7.0
+    book.put(store)
+    owners = UsageBook.load(store).by_owner()
+    assert owners["ann"] == Usage("ann", busy_s=10.0, lost_s=5.0)
+    assert (owners["bob"].loading_s, owners[""].idle_s) == (1.0, 7.0)
+    (tmp_path / "usage.json").write_bytes(b"{}")
+    with pytest.raises(CorruptArtifact):
+        UsageBook.load(store)
+
+
+# Commands
+
+
+def test_a_submission_carries_what_the_farm_needs_to_plan_it_again(tmp_path: Path) -> None:
+    recipe, store = recipe_of({"id": "one", "duration": "6s"}), LocalStore(tmp_path)
+    plan = render_into(store, recipe)
+    made = submission_of(Prepared(recipe, store, plan, LedgerState()), Wishes(owner="ann", priority=70))
+    assert (made.owner, made.priority, made.store_url) == ("ann", 70, str(tmp_path))
+    assert type(recipe).from_json(json.loads(json.dumps(made.recipe))) == recipe
+
+
+def test_hooks_are_commands_or_addresses_for_some_occasions_or_all() -> None:
+    assert parse_hook("failed,paused=notify --loud") == Hook(("failed", "paused"), command=("notify", "--loud"))
+    assert parse_hook("https://example.org/?a=b") == Hook(("done", "failed", "paused"), url="https://example.org/?a=b")
+    assert parse_hook("env A=b notify").command == ("env", "A=b", "notify")
+    with pytest.raises(SettingError):
+        parse_hook("done=")
+
+
+def test_a_farms_render_is_meant_where_a_cluster_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def farmed(place: str, address: str | None = None) -> bool:
+        return is_farmed(argparse.Namespace(place=place, address=address))
+
+    assert farmed("short-1a2b", "127.0.0.1:6379") and not farmed("short-1a2b")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert farmed("short-1a2b")
+    assert not farmed("folder") and not farmed("renders/short") and not farmed("s3://b/short")
+
+
+def test_a_farm_command_without_a_cluster_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SettingError, match="RAY_ADDRESS"):
+        _ = Cluster().found
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert Cluster().found == "10.0.0.1:6379"
+    assert Cluster("h:1").found == "h:1"
+
+
+def test_an_open_cluster_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "list", "--address", "10.255.255.1:6379"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "token" in done.stderr
+
+
+# Download
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[LocalStore, bytes]:
+    store = LocalStore(tmp_path / "render")
+    plan = render_into(store, recipe_of({"id": "one", "duration": "6s"}))
+    return store, plan.tasks[plan.film_task_id].label.encode()
+
+
+def test_a_film_is_fetched_once_and_whole(finished: tuple[LocalStore, bytes], tmp_path: Path) -> None:
+    store, film = finished
+    target = download_film(store, tmp_path / "film.mp4")
+    assert target.read_bytes() == film
+    before = target.stat().st_mtime_ns
+    assert download_film(store, target).stat().st_mtime_ns == before, "it is there already"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["film.mp4"]
+
+
+def test_a_download_goes_on_where_it_stopped(
+    finished: tuple[LocalStore, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, film = finished
+    monkeypatch.setattr("cluster.download.PIECE_BYTES", 2)
+    read, starts = LocalStore.read_range, list[int]()
+
+    def breaks(self: LocalStore, path: str, start: int, length: int) -> bytes:
+        starts.append(start)
+        if start == 2 and len(starts) == 2:
+            raise KeyboardInterrupt
+        return read(self, path, start, length)
+
+    monkeypatch.setattr(LocalStore, "read_range", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        download_film(store, tmp_path / "film.mp4")
+    assert not (tmp_path / "film.mp4").exists()
+    download_film(store, tmp_path / "film.mp4")
+    assert starts[:3] == [0, 2, 2]
+    assert (tmp_path / "film.mp4").read_bytes() == film
+
+
+def test_a_film_that_is_not_there_is_not_downloaded(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "render")
+    render_into(store, recipe_of({"id": "one", "duration": "6s"}), only=lambda task: task.kind == "text")
+    with pytest.raises(SettingError, match="no film yet"):
+        download_film(store, tmp_path / "film.mp4")
+
+
+# Hooks and metrics
+
+
+def test_hooks_are_told_and_a_broken_one_harms_nobody(tmp_path: Path) -> None:
+    told = list[dict[str, Any]]()
+
+    class Web(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    save = f"import sys; open({str(tmp_path / 'said')!r}, 'w').write(sys.stdin.read())"
+    hooks = (
+        Hook(("failed",), command=("/no/such/command",)),
+        Hook(("failed",), command=(sys.executable, "-c", save)),
+        Hook(("failed",), url=f"http://127.0.0.1:{server.server_port}/"),
+        Hook(("done",), command=(sys.executable, "-c", f"open({str(tmp_path / 'never')!r}, 'w')")),
+    )
+    state = SubmissionState(submission(hooks=hooks, owner="ann"), 1.0, "failed", 2.0, "no", 1)
+    call_hooks(state)
+    server.shutdown()
+    assert (told[0]["event"], told[0]["render"], told[0]["exit_code"]) == ("failed", "a", 1)
+    assert json.loads((tmp_path / "said").read_text()) == told[0]
+    assert not (tmp_path / "never").exists()
+
+
+def test_metrics_count_without_naming_renders() -> None:
+    calls = list[tuple[str, str, float, dict[str, str]]]()
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, kind: str) -> Any:
+            return lambda value, tags: calls.append((self.name, kind, value, tags))
+
+    metrics = FarmMetrics(Recorder)
+    record = CommitRecord("segment-1", 1, 1, (), {}, {"frames": 93})
+    metrics.count_task("segment", 61.0, record)
+    metrics.count_task("window", 5.0, None)
+    state = SubmissionState(submission("secret-film"), 1.0)
+    metrics.show([state, replace(state, phase="running")], [Lender("w1", "n", render_id="a"), Lender("w2", "n")])
+    assert ("longtake_frames_total", "inc", 93, {"stage": "segment"}) in calls
+    assert ("longtake_retries_total", "inc", 1, {"stage": "window"}) in calls
+    assert ("longtake_gpu_busy_fraction", "set", 0.5, {}) in calls
+    assert ("longtake_renders", "set", 1, {"phase": "queued"}) in calls
+    for name, _, _, tags in calls:
+        assert tuple(tags) == METRICS[name].labels
+        assert "secret-film" not in tags.values()
