@@ -72,8 +72,9 @@ def new_encoder() -> UMT5EncoderModel:
 
 
 class Prompter(nn.Module):
-    """Tokenizer and encoder together: prompts -> states [B,1,L,C] and mask [B,L], L a multiple of 32, so that batches have
-    one shape and a compiled step is compiled once.
+    """Tokenizer and encoder together: prompts -> states [B,1,L,C] and mask [B,L].
+
+    L is a multiple of 32, so that batches have one shape and a compiled step is compiled once.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> None:
