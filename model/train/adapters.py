@@ -83,7 +83,7 @@ def _guided(
     """The teacher's prediction with guidance away from the empty prompt; zero for the condition frames."""
     text, mask = teacher.prompter([""] * len(prompts) + prompts)
     twice = torch.cat([latents, latents])
-    with torch.autocast(latents.device.type, torch.bfloat16), quick_attention(latents.device):
+    with torch.autocast(latents.device.type, torch.bfloat16), quick_attention(teacher.dit):
         out = teacher.dit(twice, torch.cat([timesteps] * 2), text, mask, num_cond_latents=num_cond)
     unconditional, conditional = out[:, :, num_cond:].chunk(2)
     return F.pad(cfg_zero(conditional, unconditional, guidance), (0, 0, 0, 0, num_cond, 0))
@@ -106,7 +106,7 @@ def distill_loss(
         target = (first_leg * target + second_leg * then) / (first_leg + second_leg).clamp_min(1e-6)
     with torch.no_grad():
         text, mask = student.prompter(batch.prompts)
-    with torch.autocast(latents.device.type, torch.bfloat16), quick_attention(latents.device):
+    with torch.autocast(latents.device.type, torch.bfloat16), quick_attention(student.dit):
         out = student.dit(latents, timesteps, text, mask, num_cond_latents=n)
     return (out - target)[:, :, n:].square().mean()
 

@@ -156,15 +156,19 @@ def flow_loss(
     timesteps[:, :n] = 0.0
     with torch.set_grad_enabled(learn_text and torch.is_grad_enabled()):
         text, mask = generator.prompter(batch.prompts)
-    with torch.autocast(clean.device.type, torch.bfloat16), quick_attention(clean.device):
+    with torch.autocast(clean.device.type, torch.bfloat16), quick_attention(generator.dit):
         out = generator.dit(latents, timesteps if n else timesteps[:, 0], text, mask, num_cond_latents=n)
     weight = 1 + SHAPE_WEIGHT * (1 - sigma) * batch.cover[:, :, n:]
     return (weight * (out[:, :, n:] - (clean - noise)[:, :, n:]).square()).mean()
 
 
-def quick_attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU the fused attention's backward takes longer than all products of a step; plain products are quick."""
-    if device.type != "cpu":
+def quick_attention(dit: DiT) -> AbstractContextManager[None]:
+    """For compiled blocks on a CPU: there the fused attention's backward takes longer than all products of a step.
+
+    Not under gradient checkpointing, which repeats a block in the backward pass, outside of this block.
+    """
+    compiled = getattr(dit.blocks[0], "_compiled_call_impl", None) is not None
+    if dit.device.type != "cpu" or not compiled or dit.gradient_checkpointing:
         return nullcontext()
     attention: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return attention
