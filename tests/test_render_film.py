@@ -141,6 +141,8 @@ class Film:
 
     folder: Path
     done: Done
+    began: float
+    ended: float
 
     @property
     def path(self) -> Path:
@@ -151,9 +153,10 @@ class Film:
 def film(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Film:
     folder = tmp_path_factory.mktemp("film")
     (folder / "film.yaml").write_text(yaml.safe_dump(storyboard(tiny_checkpoint)))
+    began = time.time()
     done = render(folder, "film.yaml")
     assert done.code == 0, done.err
-    return Film(folder, done)
+    return Film(folder, done, began, time.time())
 
 
 @pytest.fixture
@@ -188,7 +191,8 @@ def test_the_renders_folder_shows_the_film(film: Film) -> None:
 
 
 def test_no_scratch_is_left_behind(film: Film) -> None:
-    assert not list(Path("/tmp").glob("lt-work-*"))
+    left = [(path, path.stat().st_mtime) for path in Path("/tmp").glob("lt-work-*")]
+    assert not [path for path, at in left if film.began <= at <= film.ended], "others' renders may have been killed"
 
 
 def test_status_and_verify_need_the_store_alone(
