@@ -1,0 +1,221 @@
+"""On the path of every process of a render under test: does at named points what the test has written down.
+
+The environment variable CHAOS names a folder with `faults.json`, read anew at each point:
+
+    points     list of {point, match, do, times, node}: at `point`, of a task whose label contains `match` (and on
+               that node), do it, at most `times` times (1) over all processes
+    settings   {timeouts, ffmpeg_limit_s, start_limit_s, versions, host}; read when a process first imports what
+               they are about. `host`: what a process takes its machine to be
+    clock_s    seconds by which the orchestrator's clocks are off
+
+Points: `order` (a worker begins), `predict` (the network has answered), `step` (a denoising step is done), `written`
+(the artifact is in the store, the answer not sent), `commit` and `committed` (in the orchestrator, before and after
+the record). What can be done: kill, hold (until the file `release` is there), sleep, oom, nan, spoil.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+FOLDER = Path(os.environ.get("CHAOS", "/nonexistent"))
+
+
+def faults() -> dict:
+    try:
+        return json.loads((FOLDER / "faults.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+running: dict[str, str] = {}
+"""What this process works on."""
+
+
+def settings() -> dict:
+    return faults().get("settings", {})
+
+
+def reach(point: str, label: str, latents=None) -> None:
+    """Do what is written down for this point of this task."""
+    for number, fault in enumerate(faults().get("points", [])):
+        if fault["point"] != point or fault.get("match", "") not in label:
+            continue
+        if fault.get("node", node_id()) != node_id() or not claim(number, fault.get("times", 1)):
+            continue
+        act(fault, label, latents)
+
+
+def node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+
+def claim(number: int, times: int) -> bool:
+    for count in range(times):
+        try:
+            os.close(os.open(FOLDER / f"claim-{number}-{count}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        return True
+    return False
+
+
+def act(fault: dict, label: str, latents) -> None:
+    match fault["do"]:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hold":
+            hold(label)
+        case "sleep":
+            time.sleep(fault["seconds"])
+        case "nan":
+            latents.fill_(float("nan"))
+        case "spoil":
+            latents.add_(0.25)
+        case "oom":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (simulated)")
+
+
+def hold(label: str) -> None:
+    about = {"pid": os.getpid(), "label": label, "node": node_id()}
+    (FOLDER / f".held-{os.getpid()}").write_text(json.dumps(about))
+    (FOLDER / f".held-{os.getpid()}").rename(FOLDER / f"held-{os.getpid()}")
+    while not (FOLDER / "release").exists():
+        time.sleep(0.05)
+
+
+# What is wrapped, by module
+
+
+def in_worker(module: types.ModuleType) -> None:
+    run = module.Worker._run
+
+    def wrapped(self, order):
+        running["label"] = order.task.label
+        reach("order", order.task.label)
+        produced = run(self, order)
+        reach("written", order.task.label)
+        return produced
+
+    module.Worker._run = wrapped
+
+
+def in_denoising(module: types.ModuleType) -> None:
+    call = module.StepWatch.__call__
+
+    def wrapped(self, steps_done, latents):
+        reach("step", self._order.task.label)
+        call(self, steps_done, latents)
+
+    module.StepWatch.__call__ = wrapped
+
+
+def in_sampling(module: types.ModuleType) -> None:
+    predict = module._predict
+
+    def wrapped(*arguments):
+        prediction = predict(*arguments)
+        reach("predict", running.get("label", ""), prediction)
+        return prediction
+
+    module._predict = wrapped
+
+
+def in_ledger(module: types.ModuleType) -> None:
+    commit = module.Ledger.commit
+
+    def wrapped(self, record):
+        reach("commit", record.task_id)
+        record = commit(self, record)
+        reach("committed", record.task_id)
+        return record
+
+    module.Ledger.commit = wrapped
+
+
+def in_lease(module: types.ModuleType) -> None:
+    if host := settings().get("host"):
+        own = module.this_process
+        module.this_process = lambda: module.Owner(host, own().pid, own().mark)
+
+
+def in_machine(module: types.ModuleType) -> None:
+    limits = settings().get("timeouts", {})
+    whole = module.Timeouts
+    module.Timeouts = lambda: whole(**limits)
+
+
+def in_media_child(module: types.ModuleType) -> None:
+    limit_s = settings().get("ffmpeg_limit_s", module.LIMIT_S)
+    module.Child.__init__.__kwdefaults__["limit_s"] = limit_s
+
+
+def in_numerics(module: types.ModuleType) -> None:
+    own = module._version
+    module._version = lambda library: settings().get("versions", {}).get(library) or own(library)
+
+
+def in_orchestrator(module: types.ModuleType) -> None:
+    module.START_LIMIT_S = settings().get("start_limit_s", module.START_LIMIT_S)
+    off = types.SimpleNamespace(
+        time=lambda: time.time() + faults().get("clock_s", 0.0),
+        monotonic=lambda: time.monotonic() + faults().get("clock_s", 0.0),
+    )
+    module.time = off
+
+
+WRAPPERS = {
+    "cluster.worker": in_worker,
+    "actors.denoising": in_denoising,
+    "model.sampling": in_sampling,
+    "pipeline.ledger": in_ledger,
+    "pipeline.lease": in_lease,
+    "pipeline.machine": in_machine,
+    "pipeline.media_child": in_media_child,
+    "actors.numerics": in_numerics,
+    "cluster.orchestrator": in_orchestrator,
+}
+
+
+class Loader(importlib.abc.Loader):
+    """The real loader, and the wrapper afterwards."""
+
+    def __init__(self, real: importlib.abc.Loader, name: str) -> None:
+        self._real, self._name = real, name
+
+    def create_module(self, spec):
+        return self._real.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        self._real.exec_module(module)
+        WRAPPERS[self._name](module)
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules that are wrapped."""
+
+    def find_spec(self, name, path, target=None):
+        if name not in WRAPPERS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = Loader(spec.loader, name)
+        return spec
+
+
+if "CHAOS" in os.environ:
+    sys.meta_path.insert(0, Finder())

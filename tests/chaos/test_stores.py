@@ -1,0 +1,82 @@
+"""Stores and bytes that go wrong: an S3 server in bad times, flipped bits, torn records, a film damaged at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from pipeline.journal import Invalidated
+from tests.chaos.flaky_server import FlakyServer
+from tests.chaos.stage import Stage
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_a_store_that_is_slow_refuses_and_loses_answers_is_waited_for(
+    stage: Stage, s3: FlakyServer, bucket: str
+) -> None:
+    stage.store_url = bucket
+    stage.faults({"point": "order", "match": "one/segment/0", "do": "hold"})
+    s3.every_nth = {"lost": 13, "refused": 9, "slow": 17}
+    try:
+        run = stage.start("--workers", "1")
+        stage.held()
+        s3.down = True
+        stage.release()
+        run.wait_for("waiting")
+        s3.down = False
+        run.finish()
+    finally:
+        s3.every_nth, s3.down = {}, False
+    assert min(s3.struck.get(kind, 0) for kind in ("lost", "refused", "slow")) > 3
+    assert stage.tried_again() <= {"one/segment/0"}, "an outage costs no other task"
+    stage.check()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_bytes_and_records_are_found_and_made_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(stage.folder)
+    root = stage.folder / "renders/chaos"
+    stage.render("--workers", "2")
+    stage.check()
+    flip(next(root.glob(f"attempts/{stage.task_of('one/segment/1')}/*/*")))
+    unit = next(root.glob(f"attempts/{stage.task_of('unit/0')}/*/*"))
+    unit.write_bytes(unit.read_bytes()[:-100])
+    record = root / f"commits/{stage.task_of('two/segment/0')}.json"
+    record.write_bytes(record.read_bytes()[:40])
+    assert main(["verify", "film.yaml"]) == 1
+    told = capsys.readouterr().out
+    assert "its bytes differ from their record" in told and "were recorded" in told and "torn" in told
+    run = stage.render("--workers", "2")
+    assert set(run.labels()) >= {"one/segment/1", "one/window/0", "one/window/1", "unit/0", "two/segment/0", "film"}
+    assert not {"one/segment/0"} & set(run.labels()), "what does not depend on them stays"
+    capsys.readouterr()
+    assert main(["verify", "film.yaml"]) == 0
+    film = (stage.folder / "film.mp4").read_bytes()
+    flip(next(root.glob(f"attempts/{stage.task_of('film')}/*/film.mp4")))
+    again = stage.render("--workers", "1")
+    assert set(again.labels()) == {"film"}, "found when it was to be handed over"
+    assert (stage.folder / "film.mp4").read_bytes() == film
+
+
+def test_a_flipped_bit_is_found_where_it_is_used(stage: Stage) -> None:
+    stage.faults({"point": "order", "match": "one/window/0", "do": "hold"})
+    run = stage.start("--workers", "1")
+    stage.held()
+    root = stage.folder / "renders/chaos"
+    flip(next(root.glob(f"attempts/{stage.task_of('one/segment/0')}/*/*")))
+    stage.release()
+    run.finish()
+    ended = {entry.task_id for entry in stage.history if isinstance(entry, Invalidated)}
+    assert {stage.task_of("one/segment/0"), stage.task_of("one/segment/1")} <= ended
+    assert "two/segment/0" not in stage.tried_again()
+    assert (stage.folder / "film.mp4").exists()
