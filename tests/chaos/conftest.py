@@ -82,7 +82,8 @@ def cluster(chaos_folder: Path, s3: FlakyServer) -> Iterator[Raylets]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "PYTHONPATH": f"{HOOKS}:{ROOT}", "CHAOS": str(chaos_folder), "RAY_enable_worker_prestart": "0",
-            "RAY_prestart_worker_first_driver": "0", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
+            "RAY_prestart_worker_first_driver": "0", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
         }.items():  # fmt: skip
             patch.setenv(name, value)
         raylets = Raylets()
