@@ -27,7 +27,8 @@ def studio(tiny_checkpoint: Path) -> Studio:
 @pytest.fixture(scope="module")
 def refinery(studio: Studio, tmp_path_factory: pytest.TempPathFactory) -> Refinery:
     frames = studio.grid.segment_frames + (WINDOWS - 1) * studio.grid.new_frames
-    stage_one = torch.randint(0, 256, (frames, *studio.stage_one_px, 3), dtype=torch.uint8)
+    source = torch.Generator().manual_seed(0)
+    stage_one = torch.randint(0, 256, (frames, *studio.stage_one_px, 3), dtype=torch.uint8, generator=source)
     return Refinery(studio, studio.load_refine(), stage_one, "film", WINDOWS, tmp_path_factory.mktemp("film"))
 
 
@@ -82,8 +83,10 @@ def test_a_window_between_two_keeps_the_latents_of_its_right_neighbour(refinery:
     free = refinery.between(1, tail, None)[:, :, front:]
     assert torch.equal(*overlap(refinery, held, refinery.shared(2)))
     assert not torch.allclose(*overlap(refinery, free, refinery.shared(2)), atol=1e-3)
-    # What is held is seen by the rest of the window.
-    assert not torch.equal(held[:, :, 20:40], free[:, :, 20:40])
+    # What is held is seen by the frames before it: those in the same block of tokens at least, whatever else the
+    # block-sparse attention picks.
+    before = refinery.grid.window_hop_latents + 1
+    assert not torch.equal(held[:, :, :before], free[:, :, :before])
 
 
 def test_a_window_in_a_chain_begins_with_the_latents_of_the_refined_frames(refinery: Refinery) -> None:
