@@ -47,7 +47,9 @@ def put_request(store: Store, epoch: int, request: Request) -> None:
 
 
 def new_requests(store: Store, epoch: int, known: set[str]) -> list[Request]:
-    """The requests to this epoch that are not `known` yet; one that cannot be read is left out."""
+    """The requests to this epoch that are not `known` yet. Left out: one that cannot be read, and one that is gone
+    since it was listed, because whoever took the lease meanwhile has collected the garbage.
+    """
     found = []
     for file in store.list(_folder(epoch)):
         request_id, _, suffix = file.path.rpartition("/")[2].rpartition(".")
@@ -55,7 +57,7 @@ def new_requests(store: Store, epoch: int, known: set[str]) -> list[Request]:
             continue
         try:
             value = unseal(store.read(file.path))
-        except TornRecord:
+        except (TornRecord, FileNotFoundError):
             continue
         entries = tuple(entry_from_json(entry) for entry in value["entries"])
         found.append(Request(request_id, value["kind"], entries))

@@ -75,6 +75,17 @@ def test_a_request_that_cannot_be_read_is_left_out(store: LocalStore) -> None:
     assert new_requests(store, 1, set()) == []
 
 
+def test_a_request_that_was_collected_while_the_folder_was_read_is_no_error(store: LocalStore) -> None:
+    put_request(store, 1, Request("0001", "pause"))
+
+    class Collected(LocalStore):
+        def read(self, path: str) -> bytes:
+            self.delete(path)
+            return super().read(path)
+
+    assert new_requests(Collected(store.root), 1, set()) == []
+
+
 def test_what_a_request_writes_is_empty_the_second_time() -> None:
     state = LedgerState()
     entries = entries_for(Request("0001", "redo", (REDO,)), state, (), 2)
