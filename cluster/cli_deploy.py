@@ -165,6 +165,8 @@ def add_schedule_commands(commands: Commands) -> None:
     ):
         action = actions.add_parser(name, help=text)
         action.add_argument("name", nargs=optional, metavar="NAME")
+        if name == "run-now":
+            action.add_argument("--farm", action="store_true", help="leave it to the farm that keeps these schedules")
         _add_schedules_place(action)
         action.set_defaults(command=command)
 
@@ -198,7 +200,7 @@ def _schedule_remove(options: argparse.Namespace) -> int:
 def _schedule_run_now(options: argparse.Namespace) -> int:
     from cluster.schedules import HereRunner, run_now
 
-    return run_now(options.schedules, options.name, HereRunner())
+    return run_now(options.schedules, options.name, None if options.farm else HereRunner())
 
 
 def _schedule_tick(options: argparse.Namespace) -> int:

@@ -30,6 +30,8 @@ from cluster.door import RAY_LOSSES
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
 from cluster.farm_pool import Hand, Pool, numerics_name
+from cluster.farm_schedules import TURN_S as SCHEDULES_S
+from cluster.farm_schedules import FarmRunner, FarmSchedules, schedules_place
 from cluster.farmed_render import FarmedRender
 from cluster.job import Outcome, RenderJob, WorkerSettings
 from cluster.metrics import ray_instrument
@@ -251,6 +253,7 @@ class Farm:
         self._ready.set()
         self._spawn(self._pool.watch())
         self._spawn(self._keep_books())
+        self._spawn(self._keep_schedules())
         while True:
             self._turn()
             with contextlib.suppress(TimeoutError):
@@ -649,6 +652,18 @@ class Farm:
                 with contextlib.suppress(LongtakeError):
                     await self._io(lambda: self._usage.put(self._store))
                     written = now
+
+    async def _keep_schedules(self) -> None:
+        """Have what is due submitted. In a thread: planning a film takes a while."""
+        place = open_store(schedules_place(self._settings.store_url))
+        schedules = FarmSchedules(place, FarmRunner(self._book.states, self.submit, self.change))
+        while not self._stopping:
+            try:
+                await asyncio.to_thread(schedules.turn, time.time())
+            except Exception:
+                # A storyboard that nobody foresaw must not have the farm start again and again.
+                log.exception("schedules: tried again")
+            await asyncio.sleep(SCHEDULES_S)
 
     async def _io(self, call: Callable[[], T]) -> T:
         return await asyncio.to_thread(call)

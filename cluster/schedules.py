@@ -109,13 +109,19 @@ def remove_schedule(place: str, name: str) -> int:
     return 0
 
 
-def run_now(place: str, name: str, runner: Runner) -> int:
-    """A run outside the schedule; or the one that is there already, if it has not begun. Exit code of the run."""
+def run_now(place: str, name: str, runner: Runner | None) -> int:
+    """A run outside the schedule; or the one that is there already, if it has not begun. Exit code of the run.
+
+    Without a runner it is only claimed: whoever has the schedule's clock renders it.
+    """
     log = _known(open_store(place), name)
     state = log.state
     if not (state.open_runs and not state.open_runs[0].submitted):
         _append(log, lambda state: claim_by_hand(state, time.time()))
     run = log.state.open_runs[-1]
+    if runner is None:
+        print(f"{run.id}: the farm takes it at its next turn")
+        return 0
     advance(log, time.time(), runner)
     ended = log.state.runs[run.number].ended
     if ended is None:

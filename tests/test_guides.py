@@ -51,7 +51,12 @@ def test_ray_understands_it(page: str, line: str) -> None:
 
     words = words_of(line)[1:]
     a_file = str(ROOT / "pyproject.toml")
-    cli.commands[words[0]].make_context(words[0], [a_file if w.endswith(".yaml") else w for w in words[1:]])
+    words = [a_file if word.endswith(".yaml") and words[0] != "job" else word for word in words]
+    if words[0] == "job":
+        words, inner = words[1:], words[words.index("--") + 2 :]
+        _parser().parse_args(inner)
+        from ray.dashboard.modules.job.cli import job_cli_group as cli
+    cli.commands[words[0]].make_context(words[0], words[1:])
 
 
 RUN = [
