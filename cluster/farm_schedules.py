@@ -47,7 +47,7 @@ class FarmRunner:
             film = Path(folder) / "storyboard.yaml"
             film.write_text(yaml.safe_dump(run.storyboard().as_written(), allow_unicode=True, sort_keys=False))
             prepared = prepare(RenderRequest(film, run.store_url))
-        check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left)
+        check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left, gang_size=1)
         put_media(prepared.plan, prepared.store)
         self._submit(submission_of(prepared, Wishes(owner=OWNER, render_id=run.id)))
 
