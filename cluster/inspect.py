@@ -14,9 +14,10 @@ from pipeline.inspection import Inspection, Known, Shot, TaskTiming, inspect_fil
 from pipeline.inspection_files import write_inspection
 from pipeline.known_seams import seams_of
 from pipeline.ledger import Ledger, LedgerState
-from pipeline.media import find_ffmpeg
+from pipeline.media import Ffmpeg, find_ffmpeg
 from pipeline.plan import Plan
 from pipeline.store import Store
+from pipeline.tasks import CommitRecord
 
 STORYBOARDS = (".yaml", ".yml", ".json")
 
@@ -25,7 +26,11 @@ def print_inspection(place: str, store: str | None, out: Path | None, *, as_json
     """Inspect a film file, or a render named by its storyboard, folder or address."""
     path = Path(place)
     is_film = store is None and path.is_file() and path.suffix.lower() not in STORYBOARDS
-    inspection = inspect_film(path, find_ffmpeg()) if is_film else _inspect_render(open_render(place, store))
+    if is_film:
+        inspection = inspect_film(path, find_ffmpeg())
+    else:
+        render = open_render(place, store)
+        inspection, _ = inspect_render(render, Ledger(render).load(), find_ffmpeg())
     name = path.stem if is_film else path.name
     files = write_inspection(inspection, out or Path(f"{name}.inspection"))
     if as_json:
@@ -36,8 +41,9 @@ def print_inspection(place: str, store: str | None, out: Path | None, *, as_json
     return 0
 
 
-def _inspect_render(store: Store) -> Inspection:
-    recipe, state = load_recipe(store), Ledger(store).load()
+def inspect_render(store: Store, state: LedgerState, ffmpeg: Ffmpeg) -> tuple[Inspection, CommitRecord]:
+    """Measure the film of the render in a store; also which film that is. Raises SettingError where there is none."""
+    recipe = load_recipe(store)
     plan = make_plan(recipe, state.overrides)
     film = state.commits.get(plan.film_task_id)
     if film is None:
@@ -45,10 +51,10 @@ def _inspect_render(store: Store) -> Inspection:
         raise SettingError("this render has no film yet", field="RENDER", value=store.url, remedy=remedy)
     with tempfile.TemporaryDirectory(prefix="lt-inspect-") as folder:
         path = store.open_local(film.files[0], Path(folder))
-        return inspect_film(path, find_ffmpeg(), known_of(plan, state, recipe.spec.title))
+        return inspect_film(path, ffmpeg, _known_of(plan, state, recipe.spec.title)), film
 
 
-def known_of(plan: Plan, state: LedgerState, title: str) -> Known:
+def _known_of(plan: Plan, state: LedgerState, title: str) -> Known:
     """What a render's plan and ledger tell about its film."""
     timings = [
         TaskTiming(task.kind, task.label or task.id, record.host, record.seconds, record.committed_at_s)

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.crash import record_crash
 from cluster.door import RAY_LOSSES, Door
 from cluster.drain import draining_nodes
+from cluster.film_page import PAGE, is_page_of, start_page
 from cluster.job import Failed, Greeting, News, Outcome, RenderJob
 from cluster.json_log import is_json_wanted, log_event
 from cluster.metrics import LOOK_S, Meters, ray_instrument
@@ -461,9 +462,33 @@ class Orchestrator:
             state = "stopped"
         try:
             await asyncio.to_thread(self._publisher.conclude, dict(self._commits), state, finish.message)
+            film = self._commits.get(self._publisher.plan.film_task_id)
+            if film is not None and not await asyncio.to_thread(is_page_of, self._store, film):
+                await self._measure_film()
         except (LongtakeError, OSError, ValueError) as error:
             # The film is committed: what people look at beside it must not turn that into a failure.
             self._story.tell("note", message=f"not refreshed: {error}", warning=True)
+
+    async def _measure_film(self) -> None:
+        """Make the page about the film; whoever asks to stop meanwhile does not wait for it."""
+        process = await asyncio.to_thread(start_page, self._store.url, self._job.settings.ffmpeg)
+        ending = asyncio.create_task(asyncio.to_thread(process.communicate))
+        stopped = asyncio.create_task(self._stop_wanted())
+        try:
+            await asyncio.wait({ending, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            process.kill()
+            stopped.cancel()
+        _, complaint = await ending
+        if process.returncode:
+            said = complaint.strip().splitlines() or ["no reason given"]
+            reason = "stopped" if process.returncode < 0 else said[-1]
+            message = f"{PAGE} was not made ({reason}); the same command makes it"
+            self._story.tell("note", message=message, warning=True)
+
+    async def _stop_wanted(self) -> None:
+        while not isinstance(await self._queue.get(), ev.StopRequested):
+            pass
 
     async def _close(self) -> None:
         for task in list(self._background):

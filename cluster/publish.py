@@ -1,8 +1,7 @@
 """What a person looks at while a render runs and afterwards, kept up to date in its folder.
 
-`contact_sheet.jpg`, `report.json`, `film_so_far.<ext>` and `films/<name>`, and at the end `report.html`, the page of
-`longtake inspect`: nothing is decided by them, and losing them loses nothing. Runs in a thread of the orchestrator; a
-refresh that takes long makes the next one wait in proportion.
+`contact_sheet.jpg`, `report.json`, `film_so_far.<ext>` and `films/<name>`: nothing is decided by them, and losing them
+loses nothing. Runs in a thread of the orchestrator; a refresh that takes long makes the next one wait in proportion.
 """
 
 from __future__ import annotations
@@ -15,19 +14,14 @@ from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 
-from cluster.inspect import known_of
 from cluster.recipe import Recipe
-from pipeline.inspection import inspect_film
-from pipeline.ledger import LedgerState
 from pipeline.media import Unit, film_so_far, find_ffmpeg
-from pipeline.page import render_page
 from pipeline.plan import Plan
 from pipeline.report import MOST_TILES, FilmFile, RenderState, Tile, contact_sheet, report_json, thumbnails
 from pipeline.store_meter import MeteredStore
 from pipeline.tasks import CommitRecord, Task
 
 FILMS_FOLDER = "films"
-PAGE = "report.html"
 REST_FACTOR = 20.0
 """A refresh may take at most one part in this many of the render's time."""
 USUAL_TILES = 15
@@ -65,17 +59,6 @@ class Publisher:
             film = commits.get(self.plan.film_task_id)
             if film is not None:
                 self._store.copy(film.files[0].path, f"{FILMS_FOLDER}/{film.files[0].name}")
-                self._put_page(film, commits)
-
-    def _put_page(self, film: CommitRecord, commits: Mapping[str, CommitRecord]) -> None:
-        """Measure the film, once: running a finished render again finds the page there."""
-        mark = f"<!-- film {film.files[0].sha256} -->\n".encode()
-        if self._store.head(PAGE) is not None and self._store.read(PAGE).endswith(mark):
-            return
-        known = known_of(self.plan, LedgerState(commits=dict(commits)), self._recipe.spec.title)
-        with tempfile.TemporaryDirectory(prefix="lt-publish-") as folder:
-            inspection = inspect_film(self._open(film, Path(folder)), self._ffmpeg, known)
-        self._store.put_replace(PAGE, render_page(inspection).encode() + mark)
 
     def _refresh(self, commits: Mapping[str, CommitRecord], state: RenderState, message: str) -> None:
         film = self.plan.tasks[self.plan.film_task_id]

@@ -4,13 +4,17 @@ twice, and then ends the render with exit code 4. A whole render leaves the repo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -23,16 +27,25 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
-def render(folder: Path, checkpoint: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, checkpoint: Path, **changes: object) -> subprocess.Popen[str]:
     shot = {"id": "one", "duration": "1s", "prompt": "a red circle moves left"}
     storyboard = {"title": "Gate", "checkpoint": str(checkpoint), "refinement": "none", "shots": [shot], **changes}
     (folder / "film.yaml").write_text(yaml.safe_dump(storyboard))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "render", "film.yaml", "--json"],
         cwd=folder, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=280, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    stdout, stderr = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def render(folder: Path, checkpoint: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    return finish(start(folder, checkpoint, **changes))
 
 
 @pytest.fixture
@@ -75,3 +88,27 @@ def test_a_render_ends_with_its_report_page(tiny_checkpoint: Path, tmp_path: Pat
     made = (tmp_path / "renders/gate/report.html").stat().st_mtime_ns
     assert render(tmp_path, tiny_checkpoint).returncode == 0
     assert (tmp_path / "renders/gate/report.html").stat().st_mtime_ns == made, "what is there is not measured again"
+
+
+def test_whoever_stops_a_render_does_not_wait_for_its_report_page(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, tiny_checkpoint)
+    while not (measuring := _measuring_the_film(process)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    measuring[0].suspend()  # for ever, as far as this render can tell
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.returncode == 0, "the film was there"
+    assert "report.html was not made (stopped)" in done.stderr + done.stdout
+    assert not (tmp_path / "renders/gate/report.html").exists()
+    assert list((tmp_path / "renders/gate/films").iterdir())
+    assert render(tmp_path, tiny_checkpoint).returncode == 0
+    assert (tmp_path / "renders/gate/report.html").exists()
+
+
+def _measuring_the_film(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [child] if "cluster.film_page" in child.cmdline() else []
+    return found
