@@ -560,7 +560,8 @@ def orchestrator_class() -> Any:
     """The Ray actor class; it holds no GPU and hardly any CPU.
 
     It lives on the driver's node: the two need each other anyway, so no other machine's end can take it along.
+    Strictly: for an actor that asks for no resources Ray takes a mere preference as none and picks any node.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 100, "scheduling_strategy": here}
     return ray.remote(num_cpus=0, **options)(MeteredOrchestrator)

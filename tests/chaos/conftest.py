@@ -1,4 +1,7 @@
-"""Fixtures of the fault suite: one cluster of several raylets, the fault-free film, a stage for each test."""
+"""Fixtures of the fault suite: one cluster of several raylets, the fault-free film, a stage for each test.
+
+Each test goes on with a render that has its texts: loading the model for them takes longer than all else together.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import secrets
 import signal
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,12 @@ class Raylets:
         return address
 
     @property
+    def head(self) -> str:
+        """The id of the node that drivers join."""
+        node_id: str = self.cluster.head_node.node_id
+        return node_id
+
+    @property
     def nodes(self) -> list[Any]:
         return [node for node in self.cluster.worker_nodes if raylet_of(node).poll() is None]
 
@@ -42,11 +52,31 @@ class Raylets:
         while len(self.nodes) < nodes:
             self.cluster.add_node(num_cpus=1)
 
+    def add_tight_node(self, spare_bytes: int) -> None:
+        """A node whose raylet kills for memory as soon as the machine uses so much more than now."""
+        from ray._common.utils import get_system_memory
+        from ray._private.utils import get_used_memory
+
+        share = (get_used_memory() + spare_bytes) / get_system_memory()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_memory_usage_threshold", str(share))
+            self.cluster.add_node(num_cpus=1)
+
     def kill(self, *node_ids: str) -> None:
         """SIGKILL these nodes' raylets, and with each its object store, at once."""
-        for node in self.nodes:
-            if node.node_id in node_ids:
-                os.kill(raylet_of(node).pid, signal.SIGKILL)
+        doomed = [raylet_of(node) for node in self.nodes if node.node_id in node_ids]
+        for raylet in doomed:
+            os.kill(raylet.pid, signal.SIGKILL)
+        for raylet in doomed:
+            raylet.wait(30)
+
+    def end(self) -> None:
+        """SIGKILL every process of every node."""
+        for node in (self.cluster.head_node, *self.cluster.worker_nodes):
+            for processes in node.all_processes.values():
+                for process in processes:
+                    process.process.kill()
+                    process.process.wait(30)
 
 
 def raylet_of(node: Any) -> Any:
@@ -83,7 +113,7 @@ def cluster(chaos_folder: Path, s3: FlakyServer) -> Iterator[Raylets]:
         for name, value in {
             "PYTHONPATH": f"{HOOKS}:{ROOT}", "CHAOS": str(chaos_folder), "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
+            "RAY_worker_niceness": "0", "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000",
         }.items():  # fmt: skip
             patch.setenv(name, value)
         raylets = Raylets()
@@ -91,30 +121,57 @@ def cluster(chaos_folder: Path, s3: FlakyServer) -> Iterator[Raylets]:
         raylets.cluster.shutdown()
 
 
+@dataclass(frozen=True)
+class FaultFree:
+    """What nothing happened to: the film's sha256, and folders of the storyboard and its render, at its end and when
+    only its texts were there.
+    """
+
+    film_sha256: str
+    finished: Path
+    begun: Path
+
+
 @pytest.fixture(scope="session")
-def film_sha256(
+def fault_free(
     tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, chaos_folder: Path, cluster: Raylets
-) -> str:
-    """Of the film that nothing happened to."""
+) -> FaultFree:
     cluster.fill(NODES)
-    folder = tmp_path_factory.mktemp("film")
-    stage = Stage(folder, chaos_folder, address=cluster.address)
-    stage.write(storyboard(tiny_checkpoint))
-    stage.faults()
-    stage.render()
-    return sha256((folder / "film.mp4").read_bytes()).hexdigest()
+    stages = []
+    for name in ("finished", "begun"):
+        stage = Stage(tmp_path_factory.mktemp(name), chaos_folder, address=cluster.address)
+        stage.write(storyboard(tiny_checkpoint))
+        stages.append(stage)
+    finished, begun = stages
+    finished.faults()
+    finished.render("--workers", "1")
+    begun.faults({"point": "role", "match": "chain", "do": "hold"})
+    run = begun.start("--workers", "1")
+    begun.held()
+    run.process.terminate()
+    run.finish(75)
+    film_sha256 = sha256((finished.folder / "film.mp4").read_bytes()).hexdigest()
+    return FaultFree(film_sha256, finished.folder, begun.folder)
 
 
 @pytest.fixture
 def stage(
-    tmp_path: Path, tiny_checkpoint: Path, film_sha256: str, chaos_folder: Path, cluster: Raylets
+    tmp_path: Path, tiny_checkpoint: Path, fault_free: FaultFree, chaos_folder: Path, cluster: Raylets
 ) -> Iterator[Stage]:
     cluster.fill(NODES)
-    stage = Stage(tmp_path, chaos_folder, film_sha256, cluster.address)
+    stage = Stage(tmp_path, chaos_folder, fault_free.film_sha256, cluster.address, {cluster.head})
     stage.write(storyboard(tiny_checkpoint))
+    stage.copy(fault_free.begun)
     stage.faults()
     yield stage
     stage.close()
+
+
+@pytest.fixture
+def finished(stage: Stage, fault_free: FaultFree) -> Stage:
+    """The stage of a render that has come to its end."""
+    stage.copy(fault_free.finished)
+    return stage
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from cluster.cli import main
 from cluster.recipe import load_recipe, make_plan
 from pipeline.journal import AttemptFailed, AttemptStarted, JournalEntry
 from pipeline.ledger import Ledger
@@ -26,12 +27,14 @@ from pipeline.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOOKS = Path(__file__).resolve().parent / "hooks"
-LIMIT_S = 400.0
+LIMIT_S = 240.0
+RENDER = "renders/chaos"
+"""Where the render of `storyboard` lies."""
 Event = dict[str, Any]
 
 
 def storyboard(checkpoint: Path) -> dict[str, Any]:
-    """A chain of two segments in two windows, and a shot that fades in: 7 s and 1.3 s at 30 fps."""
+    """A chain of two segments in two windows, and a shot that fades in: 7 s and 1.3 s at 30 fps, small and square."""
     return {
         "title": "Chaos",
         "seed": 5,
@@ -40,12 +43,12 @@ def storyboard(checkpoint: Path) -> dict[str, Any]:
             {"id": "one", "duration": "210f", "prompt": "a red circle moves left"},
             {"id": "two", "duration": "40f", "prompt": "a blue star", "transition": {"crossfade": "10f"}},
         ],
-        "output": {"path": "film.mp4", "crf": 45},
+        "output": {"path": "film.mp4", "crf": 45, "aspect": "1:1"},
     }
 
 
 def until(there: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
-    """Wait for something; what it gives."""
+    """Wait for something; what it gives. AssertionError if it does not come."""
     end_s = time.monotonic() + limit_s
     while time.monotonic() < end_s:
         if found := there():
@@ -83,9 +86,10 @@ class Run:
         """The first event of this kind whose text holds `match`."""
 
         def look() -> Event | None:
+            ended = self.process.poll() is not None
             found = (e for e in list(self.events) if e["event"] == event and match in json.dumps(e))
             first = next(found, None)
-            assert first or self.process.poll() is None, f"ended with {self.process.returncode}: {self.err}"
+            assert first or not ended, f"ended with {self.process.returncode}: {self.err}"
             return first
 
         return until(look, f"{event} {match}", limit_s)
@@ -94,6 +98,8 @@ class Run:
         """Wait for its end, which must be this exit code."""
         try:
             self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"did not end within {limit_s:.0f} s: {self.err}") from None
         finally:
             self.end()
         self._reader.join(10)
@@ -106,6 +112,11 @@ class Run:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
+
+    def story(self) -> str:
+        """What was seen of it last, for whoever looks at a failed test."""
+        lines = [json.dumps(event) for event in self.events if event["event"] != "progress"]
+        return "\n".join([f"render, exit code {self.process.returncode}:", *lines[-40:], self.err])
 
     def labels(self, event: str = "dispatched") -> Counter[str]:
         """How often each task was sent."""
@@ -120,11 +131,20 @@ class Stage:
     chaos: Path
     film_sha256: str = ""
     address: str = ""
+    heads: set[str] = field(default_factory=set)
+    """Ids of the nodes that drivers join."""
     store_url: str = ""
     runs: list[Run] = field(default_factory=list)
 
     def write(self, film: dict[str, Any]) -> None:
         (self.folder / "film.yaml").write_text(yaml.safe_dump(film))
+
+    def copy(self, folder: Path) -> None:
+        """Have the render, and the film if there is one, of another folder of the same storyboard."""
+        shutil.rmtree(self.folder / RENDER, ignore_errors=True)
+        shutil.copytree(folder / RENDER, self.folder / RENDER)
+        if (folder / "film.mp4").exists():
+            shutil.copy(folder / "film.mp4", self.folder)
 
     def faults(self, *points: dict[str, Any], **settings: Any) -> None:
         """What is to happen from now on; what was claimed and held before is forgotten."""
@@ -166,7 +186,7 @@ class Stage:
 
     @property
     def store(self) -> Store:
-        return open_store(self.store_url or str(self.folder / "renders/chaos"))
+        return open_store(self.store_url or str(self.folder / RENDER))
 
     @property
     def history(self) -> list[JournalEntry]:
@@ -195,13 +215,24 @@ class Stage:
         return {task.label for task in plan.tasks.values() if sent[task.id] > 1}
 
     def check(self) -> None:
-        """The film is the fault-free one, every byte is as recorded, and nothing was committed twice."""
-        assert sha256((self.folder / "film.mp4").read_bytes()).hexdigest() == self.film_sha256
-        assert Ledger(self.store).verify().problems == ()
+        """The film is the fault-free one, every byte is as recorded, nothing was committed twice, and every
+        orchestrator was on its driver's node.
+        """
+        self.check_film()
         assert not [path for path in self.committed() if path.count(".") > 1], "a second commit of one task"
+
+    def check_film(self) -> None:
+        """The same, of a render that had to commit some tasks once more because their bytes were damaged."""
+        assert sha256((self.folder / "film.mp4").read_bytes()).hexdigest() == self.film_sha256
+        assert main(["verify", self.store_url or str(self.folder / RENDER)]) == 0
+        places = {path.read_text() for path in self.chaos.glob("orchestrator-*")}
+        assert places and places <= self.heads, "an orchestrator ends with no other node than its driver's"
 
     def close(self) -> None:
         self.release()
         for run in self.runs:
             run.end()
+            print(run.story())
+        for path in self.chaos.glob("orchestrator-*"):
+            path.unlink()
         shutil.rmtree(self.folder / "renders", ignore_errors=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 
+import psutil
 import pytest
 
 from pipeline.media import find_ffmpeg
+from tests.chaos.conftest import Raylets
 from tests.chaos.stage import Stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+GIB = 1024**3
 
 BROKEN = """#!/bin/sh
 # Once, in the first encode, it {what}; ever after it is ffmpeg.
@@ -24,7 +27,7 @@ exec "{ffmpeg}" "$@"
 ACTIONS = {
     "crashes": "exit 1",
     "hangs": "exec sleep 600",
-    "writes a short file": 'head -c 300000 | "{ffmpeg}" "$@"; exit 0',
+    "writes a short file": 'head -c 100000 | "{ffmpeg}" "$@"; exit 0',
 }
 
 
@@ -34,7 +37,7 @@ def test_an_ffmpeg_that_fails_is_tried_again_with_its_last_words_kept(stage: Sta
     action = ACTIONS[what].format(ffmpeg=real)
     script.write_text(BROKEN.format(what=what, mark=stage.folder / "broken", action=action, ffmpeg=real))
     os.chmod(script, 0o755)
-    stage.faults(ffmpeg_limit_s=20.0)
+    stage.faults(ffmpeg_limit_s=15.0)
     run = stage.render("--workers", "1", LONGTAKE_FFMPEG=str(script))
     (label,) = stage.tried_again()
     assert label.startswith("unit/")
@@ -46,22 +49,40 @@ def test_an_ffmpeg_that_fails_is_tried_again_with_its_last_words_kept(stage: Sta
     stage.check()
 
 
-def test_a_worker_without_progress_is_replaced_and_its_node_avoided_after_three_times(stage: Stage) -> None:
-    stage.faults()
-    nodes: list[str] = []
-    bad = {"point": "order", "match": "segment", "do": "hold", "times": 3}
-    stage.faults(bad, timeouts={"segment_s": 8.0})
-    run = stage.render("--workers", "1")
-    recycled = [e for e in run.events if e["event"] == "worker_recycled"]
-    assert recycled and all("no progress" in e["reason"] for e in recycled)
-    nodes += [failure.node_id for label in ("one/segment/0",) for failure in stage.failures(label)]
-    assert nodes
+def test_a_worker_that_is_killed_for_its_memory_costs_its_task_alone(stage: Stage, cluster: Raylets) -> None:
+    """By Ray's own monitor, on a node that has 2 GiB to spare."""
+    if psutil.virtual_memory().available < 6 * GIB:
+        pytest.skip("this machine has less than 6 GiB to spare")
+    cluster.kill(*(node.node_id for node in cluster.nodes))
+    cluster.add_tight_node(2 * GIB)
+    stage.faults({"point": "step", "match": "one/segment/0", "do": "swell", "most_bytes": 4 * GIB})
+    try:
+        run = stage.render("--workers", "1")
+    finally:
+        cluster.kill(*(node.node_id for node in cluster.nodes))
+    (lost,) = [e for e in run.events if e["event"] == "worker_lost"]
+    assert "memory" in lost["reason"]
+    assert [failure.kind for failure in stage.failures("one/segment/0")] == ["died"], "not charged"
+    assert stage.tried_again() == {"one/segment/0"}
+    stage.check()
+
+
+def test_a_worker_without_progress_is_replaced_and_its_task_goes_to_another_node(stage: Stage) -> None:
+    """What happens to a node after three times is a matter of minutes, and in the machine's own tests."""
+    stage.faults({"point": "step", "match": "one/segment/0", "do": "hold"}, timeouts={"segment_s": 12.0})
+    run = stage.render("--workers", "2")
+    (recycled,) = [e for e in run.events if e["event"] == "worker_recycled"]
+    assert "no progress" in recycled["reason"]
+    first, second = stage.attempts("one/segment/0")
+    assert first.node_id != second.node_id
+    assert [failure.kind for failure in stage.failures("one/segment/0")] == ["stalled"]
+    assert stage.tried_again() == {"one/segment/0"}
     stage.check()
 
 
 def test_a_straggler_that_moves_is_left_alone(stage: Stage) -> None:
-    slow = {"point": "step", "match": "one/segment/0", "do": "sleep", "seconds": 3.0, "times": 8}
-    stage.faults(slow, timeouts={"segment_s": 20.0})
+    slow = {"point": "step", "match": "one/segment/0", "do": "sleep", "seconds": 3.0, "times": 5}
+    stage.faults(slow, timeouts={"segment_s": 12.0})
     run = stage.render("--workers", "1")
     assert not [e for e in run.events if e["event"] in ("worker_recycled", "worker_lost")]
     assert stage.tried_again() == set()

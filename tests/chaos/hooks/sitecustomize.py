@@ -4,13 +4,17 @@ The environment variable CHAOS names a folder with `faults.json`, read anew at e
 
     points     list of {point, match, do, times, node}: at `point`, of a task whose label contains `match` (and on
                that node), do it, at most `times` times (1) over all processes
-    settings   {timeouts, ffmpeg_limit_s, start_limit_s, versions, host}; read when a process first imports what
-               they are about. `host`: what a process takes its machine to be
+    settings   {timeouts, ffmpeg_limit_s, watch_s, versions, host}; read when a process first imports what they are
+               about. `host`: what a process takes its machine to be. `watch_s`: how long it watches a heartbeat
     clock_s    seconds by which the orchestrator's clocks are off
 
-Points: `order` (a worker begins), `predict` (the network has answered), `step` (a denoising step is done), `written`
-(the artifact is in the store, the answer not sent), `commit` and `committed` (in the orchestrator, before and after
-the record). What can be done: kill, hold (until the file `release` is there), sleep, oom, nan, spoil.
+Points: `role` (a worker is to take a role, which is the label), `order` (a worker begins), `predict` (the network
+has answered), `step` (a denoising step is done), `written` (the artifact is in the store, the answer not sent),
+`commit` and `committed` (in the orchestrator, before and after the record). What can be done: kill, hold (until the
+file `release` is there), until_stopped (hold until the worker is asked to stop), sleep, oom, nan, spoil, swell (take
+memory until killed).
+
+Each orchestrator leaves a file `orchestrator-<process>` with the id of its node.
 """
 
 from __future__ import annotations
@@ -43,14 +47,14 @@ def settings() -> dict:
     return faults().get("settings", {})
 
 
-def reach(point: str, label: str, latents=None) -> None:
+def reach(point: str, label: str, latents=None, stop=None) -> None:
     """Do what is written down for this point of this task."""
     for number, fault in enumerate(faults().get("points", [])):
         if fault["point"] != point or fault.get("match", "") not in label:
             continue
         if fault.get("node", node_id()) != node_id() or not claim(number, fault.get("times", 1)):
             continue
-        act(fault, label, latents)
+        act(fault, label, latents, stop)
 
 
 def node_id() -> str:
@@ -69,12 +73,14 @@ def claim(number: int, times: int) -> bool:
     return False
 
 
-def act(fault: dict, label: str, latents) -> None:
+def act(fault: dict, label: str, latents, stop) -> None:
     match fault["do"]:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "hold":
-            hold(label)
+            hold(label, (FOLDER / "release").exists)
+        case "until_stopped":
+            hold(label, stop.is_set)
         case "sleep":
             time.sleep(fault["seconds"])
         case "nan":
@@ -85,13 +91,24 @@ def act(fault: dict, label: str, latents) -> None:
             import torch
 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (simulated)")
+        case "swell":
+            swell(fault["most_bytes"])
 
 
-def hold(label: str) -> None:
+def swell(most_bytes: int) -> None:
+    """Take memory until the system has had enough of it."""
+    taken, piece_bytes = [], 32 * 1024 * 1024
+    while len(taken) * piece_bytes < most_bytes:
+        taken.append(bytearray(os.urandom(4096)) * (piece_bytes // 4096))
+        time.sleep(0.02)
+    time.sleep(60.0)
+
+
+def hold(label: str, is_over) -> None:
     about = {"pid": os.getpid(), "label": label, "node": node_id()}
     (FOLDER / f".held-{os.getpid()}").write_text(json.dumps(about))
     (FOLDER / f".held-{os.getpid()}").rename(FOLDER / f"held-{os.getpid()}")
-    while not (FOLDER / "release").exists():
+    while not is_over():
         time.sleep(0.05)
 
 
@@ -99,7 +116,13 @@ def hold(label: str) -> None:
 
 
 def in_worker(module: types.ModuleType) -> None:
-    run = module.Worker._run
+    run, assume = module.Worker._run, module.Worker._assume
+
+    def wrapped_assume(self, role, weights):
+        reach("role", role)
+        return assume(self, role, weights)
+
+    module.Worker._assume = wrapped_assume
 
     def wrapped(self, order):
         running["label"] = order.task.label
@@ -115,7 +138,7 @@ def in_denoising(module: types.ModuleType) -> None:
     call = module.StepWatch.__call__
 
     def wrapped(self, steps_done, latents):
-        reach("step", self._order.task.label)
+        reach("step", self._order.task.label, stop=self._context.stop)
         call(self, steps_done, latents)
 
     module.StepWatch.__call__ = wrapped
@@ -133,7 +156,8 @@ def in_sampling(module: types.ModuleType) -> None:
 
 
 def in_ledger(module: types.ModuleType) -> None:
-    commit = module.Ledger.commit
+    commit, take_lease = module.Ledger.commit, module.Ledger.take_lease
+    take_lease.__kwdefaults__["watch_s"] = settings().get("watch_s", take_lease.__kwdefaults__["watch_s"])
 
     def wrapped(self, record):
         reach("commit", record.task_id)
@@ -167,7 +191,13 @@ def in_numerics(module: types.ModuleType) -> None:
 
 
 def in_orchestrator(module: types.ModuleType) -> None:
-    module.START_LIMIT_S = settings().get("start_limit_s", module.START_LIMIT_S)
+    begin = module.Orchestrator.__init__
+
+    def wrapped(self, *arguments):
+        (FOLDER / f"orchestrator-{os.getpid()}").write_text(node_id())
+        begin(self, *arguments)
+
+    module.Orchestrator.__init__ = wrapped
     off = types.SimpleNamespace(
         time=lambda: time.time() + faults().get("clock_s", 0.0),
         monotonic=lambda: time.monotonic() + faults().get("clock_s", 0.0),
