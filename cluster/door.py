@@ -88,6 +88,10 @@ class Door:
         standing: Standing = await _value(self._aside(self._members[0], "progress"))
         return standing
 
+    async def answers(self) -> None:
+        """Returns if every process still answers; does not wait for the running order."""
+        await asyncio.gather(*(_value(self._aside(member, "progress")) for member in self._members))
+
     def stop(self) -> None:
         """Ask the running order to save its state and end."""
         self._aside(self._members[0], "stop")

@@ -52,6 +52,7 @@ POLL_LIMIT_S = 20.0
 HEARTBEAT_S = 10.0
 REQUESTS_S = 2.0
 DRAIN_S = 2.0
+FATE_LOOK_S, FATE_LIMIT_S = 0.5, 30.0
 START_LIMIT_S = 300.0
 DISMISS_LIMIT_S = 2.0
 FAILED_STARTS = 5
@@ -366,12 +367,17 @@ class Orchestrator:
             return await call
         except RAY_LOSSES as error:
             if member.worker_id in self._members:
-                event = await asyncio.to_thread(lost_worker, time.monotonic(), member, error)
-                about = {"worker": member.worker_id, "host": member.host}
-                self._story.tell("worker_lost", **about, reason=event.reason)
-                self._put(event)
-                self._replace(member.worker_id)
+                await self._lose(member, await fate_of(member.door, error))
             return None
+
+    async def _lose(self, member: Member, error: BaseException) -> None:
+        """Tell the machine that a worker is gone, unless it has been ended meanwhile, and replace it."""
+        event = await asyncio.to_thread(lost_worker, time.monotonic(), member, error)
+        if member.worker_id in self._members:
+            about = {"worker": member.worker_id, "host": member.host}
+            self._story.tell("worker_lost", **about, reason=event.reason)
+            self._put(event)
+            self._replace(member.worker_id)
 
     def _retire(self, member: Member) -> None:
         """Replace a worker that is of no use any more, after what it has answered is told."""
@@ -524,6 +530,25 @@ class Orchestrator:
     async def _io_call(self, call: Callable[[], T]) -> T:
         self._loop = asyncio.get_running_loop()
         return await self._loop.run_in_executor(self._io, call)
+
+
+async def fate_of(door: Door, error: BaseException) -> BaseException:
+    """What Ray says of a worker whose connection broke, as soon as it knows: its process died, or its node.
+
+    That a node is gone shows only after several health checks without an answer, 15 s by Ray's own settings; until
+    then a lost node looks like a worker that died, which would be charged.
+    """
+    fate, until_s = error, time.monotonic() + FATE_LIMIT_S
+    while isinstance(fate, ray_errors.ActorUnavailableError) and time.monotonic() < until_s:
+        await asyncio.sleep(FATE_LOOK_S)
+        try:
+            await asyncio.wait_for(door.answers(), POLL_LIMIT_S)
+            break
+        except TimeoutError:
+            continue
+        except RAY_LOSSES as later:
+            fate = later
+    return fate
 
 
 def lost_worker(now_s: float, member: Member, error: BaseException) -> ev.WorkerLost:

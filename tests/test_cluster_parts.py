@@ -17,7 +17,7 @@ import pytest
 
 from cluster.door import Door
 from cluster.job import RenderJob
-from cluster.orchestrator import Member, Orchestrator, Story, first_line, lost_worker
+from cluster.orchestrator import Member, Orchestrator, Story, fate_of, first_line, lost_worker
 from cluster.placement import place_workers
 from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
@@ -249,6 +249,27 @@ def test_ray_errors_become_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None
     assert lost_worker(0.0, Member("w1", door_on("n1", "n2")), exceptions.ActorDiedError()).node_lost, "one of a gang's"
     assert lost_worker(0.0, member, exceptions.NodeDiedError("gone")).node_lost
     assert "memory" in lost_worker(0.0, member, exceptions.OutOfMemoryError("oom")).reason
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_worker_whose_connection_broke_is_asked_until_ray_knows_what_became_of_it(
+    monkeypatch: pytest.MonkeyPatch, is_back: bool
+) -> None:
+    from ray import exceptions
+
+    monkeypatch.setattr("cluster.orchestrator.FATE_LOOK_S", 0.0)
+    broken, died = exceptions.ActorUnavailableError("socket closed", None), exceptions.ActorDiedError()
+    later: list[BaseException | None] = [broken, TimeoutError(), broken, None if is_back else died]
+
+    class Answering(Door):
+        async def answers(self) -> None:
+            if (now := later.pop(0)) is not None:
+                raise now
+
+    door = Answering.__new__(Answering)
+    fate = asyncio.run(fate_of(door, broken))
+    assert later == [] and fate is (broken if is_back else died)
+    assert asyncio.run(fate_of(door, died)) is died, "known at once"
 
 
 def test_a_preemption_notice_is_passed_on_once_and_a_silent_head_asked_again(

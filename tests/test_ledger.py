@@ -261,9 +261,11 @@ def test_attempts_of_which_nobody_wrote_the_end_stay_charged() -> None:
 
 
 def test_a_commit_happens_once_and_the_first_record_stands(store: LocalStore) -> None:
-    ledger = _ledger(store, clock=lambda: 5.0)
+    now_s = [5.0]
+    ledger = _ledger(store, clock=lambda: now_s[0])
     first = _commit(ledger, "text-1")
     assert first.committed_at_s == 5.0
+    now_s[0] = 6.0
     assert ledger.commit(_produce(ledger, "text-1", b"text-1")) == first
     assert Ledger(store).load().commits == {"text-1": first}
 
