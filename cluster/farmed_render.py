@@ -115,6 +115,7 @@ class FarmedRender(Orchestrator):
 
     def drain(self, node_id: str, left_s: float | None) -> None:
         """A node will be taken away."""
+        self._story.tell("node_draining", node=node_id, seconds_left=left_s)
         self._put(ev.NodeDraining(time.monotonic(), node_id, left_s))
 
     # What differs from a render with workers of its own

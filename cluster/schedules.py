@@ -78,7 +78,8 @@ def add_schedule(
         id=name,
         cron=parse_cron(cron, time_zone),
         storyboard=load_template(film),
-        renders=renders,
+        # A farm, or a clock elsewhere, has another folder to be in.
+        renders=open_store(renders).url,
         overlap=overlap,
         rows=read_rows(rows) if rows is not None else (),
     )

@@ -59,7 +59,8 @@ def test_a_schedule_is_added_run_listed_and_removed(renderer: Renderer, capsys: 
     assert main(["schedule", "run-now", "news"]) == 0
     assert [film["shots"][0]["prompt"][0]["prompt"] for film in renderer.films] == ["a red circle", "a blue circle"]
     assert [film["seed"] for film in renderer.films] == [1, 2]
-    assert all(str(store).startswith("elsewhere/news-") for store in renderer.stores)
+    here = f"{Path.cwd()}/elsewhere/news-"
+    assert all(str(store).startswith(here) for store in renderer.stores), "a farm is elsewhere"
     assert main(["schedule", "run-now", "news"]) == 2, "the table has two rows"
     [row] = listed(capsys)
     assert (row["schedule"], row["state"], row["runs"]) == ("news", "used up", 2)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.farm_place import render_alone
 from tests.chaos.flaky_server import FlakyServer
 from tests.chaos.stage import HOOKS, ROOT, Stage, storyboard
 
@@ -152,6 +153,12 @@ def fault_free(
     run.finish(75)
     film_sha256 = sha256((finished.folder / "film.mp4").read_bytes()).hexdigest()
     return FaultFree(film_sha256, finished.folder, begun.folder)
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> dict[str, str]:
+    """sha256 of the film of each title that farms render, as one machine makes it that nothing happens to."""
+    return render_alone(tmp_path_factory.mktemp("alone"), tiny_checkpoint)
 
 
 @pytest.fixture

@@ -1,111 +1,85 @@
-"""The farm on real Ray: a head and nodes on this machine, each a raylet with one logical GPU, the tiny checkpoint."""
+"""The farm on real Ray: a head and nodes on this machine, each a raylet with one logical GPU, and the real commands.
+
+Each test finds a farm that runs and one node; whatever happens in it, its films are those of `longtake render`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from hashlib import sha256
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import yaml
 
-from pipeline.journal import AttemptStarted
-from pipeline.ledger import Ledger
-from pipeline.store import LocalStore
+from cluster.cli import main
+from tests.chaos.farm_place import (
+    PRICE,
+    TITLES,
+    FarmPlace,
+    events_of,
+    farm_process,
+    finish,
+    sha256_of,
+    write_film,
+)
+from tests.chaos.stage import HOOKS, ROOT, Stage, until
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
-LIMIT_S = 600.0
-
-START = """
-import sys, ray
-from cluster.farm import FarmSettings, farm_actor
-ray.init(address=sys.argv[1], namespace="longtake", log_to_driver=False)
-settings = FarmSettings(sys.argv[2], "cpu", "GPU", price_hour=3.6)
-ray.get(farm_actor(settings).hello.remote())
-"""
-KILL = """
-import sys, ray
-ray.init(address=sys.argv[1], namespace="longtake", log_to_driver=False)
-ray.kill(ray.get_actor("farm", namespace="longtake"), no_restart=False)
-"""
+SLOW = {"point": "order", "do": "sleep", "seconds": 2.0, "times": 1000}
+"""Each task takes two seconds more, so that people come in between."""
 
 
-class Place:
-    """A cluster with a farm, and a folder that commands are run in."""
+class Place(FarmPlace):
+    """With the cluster itself, and the faults that its workers meet."""
 
     def __init__(self, folder: Path, cluster: Any) -> None:
-        self.folder, self.cluster = folder, cluster
-        self.books = folder / "books"
+        super().__init__(folder, cluster.gcs_address)
+        self.cluster = cluster
+        self.hooks = Stage(folder, folder)
+
+    def farm_process(self) -> psutil.Process:
+        raylet = self.cluster.head_node.all_processes["raylet"][0].process
+        return until(lambda: farm_process(raylet.pid), "the farm's process")  # type: ignore[no-any-return]
+
+    def add_node(self) -> str:
+        return self.cluster.add_node(num_cpus=1, num_gpus=1).node_id  # type: ignore[no-any-return]
 
     @property
-    def address(self) -> str:
-        address: str = self.cluster.gcs_address
-        return address
-
-    def script(self, text: str, *arguments: str) -> None:
-        subprocess.run([sys.executable, "-c", text, self.address, *arguments], check=True, timeout=LIMIT_S)
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "cluster.cli", *arguments, "--address", self.address]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=self.folder, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
-
-    def ask(self, *arguments: str, code: int = 0) -> str:
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{err}"
-        return out
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        return {row["render_id"]: row for row in json.loads(self.ask("list", "--json"))}
-
-    def wait(self, wanted: Callable[[dict[str, dict[str, Any]]], bool], what: str) -> dict[str, dict[str, Any]]:
-        until_s = time.monotonic() + LIMIT_S
-        while not wanted(rows := self.rows()):
-            assert time.monotonic() < until_s, f"{what}: {rows}"
-            assert not any(row["phase"] == "failed" for row in rows.values()), rows
-            time.sleep(0.5)
-        return rows
-
-    def store(self, name: str) -> LocalStore:
-        return LocalStore(self.folder / "renders" / name)
-
-    def attempts(self, name: str) -> list[tuple[float, AttemptStarted]]:
-        history = Ledger(self.store(name)).history()
-        return [(at_s, entry) for at_s, entry in history if isinstance(entry, AttemptStarted)]
+    def node_ids(self) -> list[str]:
+        return [node.node_id for node in self.cluster.worker_nodes]
 
 
-def storyboard(checkpoint: Path, title: str, seed: int) -> dict[str, Any]:
-    shot = {"id": "one", "duration": "60f", "prompt": "a red circle moves left"}
-    output = {"path": f"out/{title}.mp4", "crf": 45}
-    return {"title": title, "seed": seed, "checkpoint": str(checkpoint), "shots": [shot], "output": output}
-
-
-@pytest.fixture
-def place(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[Place]:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("farm")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
-            "RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0",
+            "PYTHONPATH": f"{HOOKS}:{ROOT}", "CHAOS": str(folder), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0",
+            "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0",
         }.items():  # fmt: skip
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.add_node(num_cpus=1, num_gpus=1)
-        for seed, name in enumerate(("late", "usual", "soon")):
-            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(storyboard(tiny_checkpoint, name, seed)))
-        yield Place(tmp_path, cluster)
-        cluster.shutdown()
+        raylets = Cluster(initialize_head=True, head_node_args=head)
+        yield Place(folder, raylets)
+        raylets.shutdown()
+
+
+@pytest.fixture
+def place(cluster: Place, tiny_checkpoint: Path) -> Iterator[Place]:
+    for title in TITLES:
+        write_film(cluster.folder, tiny_checkpoint, title)
+    if not cluster.node_ids:
+        cluster.add_node()
+    cluster.hooks.faults()
+    cluster.start_farm()
+    yield cluster
+    cluster.hooks.release()
 
 
 def drain(place: Place, node_id: str) -> None:
@@ -119,74 +93,133 @@ def drain(place: Place, node_id: str) -> None:
     assert accepted, why
 
 
-def test_three_renders_outlive_their_submitter_and_the_farm_while_nodes_come_and_go(place: Place) -> None:
-    place.script(START, str(place.books))
-    first = place.cluster.worker_nodes
-    first_id = next(iter(first)).node_id
-    ids = {}
-    for name, priority in (("late", "10"), ("usual", "50")):
-        ids[name] = place.ask("submit", f"{name}.yaml", "--priority", priority).split()[0]
-    submitter = place.start("submit", "soon.yaml", "--priority", "90", "--watch", "--owner", "ann")
+def test_three_renders_outlive_their_submitter_and_the_farm_and_end_by_priority(
+    place: Place, films: dict[str, str]
+) -> None:
+    place.hooks.faults({"point": "step", "match": "segment/0", "do": "hold"})
+    ids = {"late": place.submit("late", "late", "--priority", "10")}
+    (held,) = place.hooks.held()
+    kept, attempts = place.commits("late"), len(place.attempts("late"))
+    ids["usual"] = place.submit("usual", "usual")
+    soon = ("submit", "soon.yaml", "--store", "renders/soon", "--priority", "90")
+    submitter = place.start(*soon, "--watch", "--owner", "ann")
     assert submitter.stdout is not None
     ids["soon"] = submitter.stdout.readline().split()[0]
     submitter.send_signal(signal.SIGKILL)
     submitter.communicate()
-    assert "submitted before" in place.ask("submit", "soon.yaml", "--priority", "90"), "the same again attaches"
+    assert "submitted before" in place.ask(*soon), "the same again attaches"
 
-    place.wait(lambda rows: any(row["done"] > 1 for row in rows.values()), "something is committed")
-    before = {name: {path.name: path.read_bytes() for path in (place.folder / "renders" / name).glob("commits/*")}
-              for name in ids}  # fmt: skip
-    place.script(KILL)
-    new_id = place.cluster.add_node(num_cpus=1, num_gpus=1).node_id
-    place.wait(lambda rows: any(attempt.node_id == new_id for name in ids for _, attempt in place.attempts(name)),
-               "the new node works")  # fmt: skip
-    drain(place, first_id)
-    drained_s = time.time()
-
-    rows = place.wait(lambda rows: all(row["phase"] == "done" for row in rows.values()), "all are done")
-    assert rows[ids["soon"]]["since_s"] < rows[ids["usual"]]["since_s"] < rows[ids["late"]]["since_s"]
-    for name, files in before.items():
-        now = {path.name: path.read_bytes() for path in (place.folder / "renders" / name).glob("commits/*")}
-        assert files.items() <= now.items(), "nothing committed was done again"
-    # The notice is looked for every two seconds; a busy machine is given time to do so.
-    after = {entry.node_id for name in ids for at_s, entry in place.attempts(name) if at_s > drained_s + 10}
-    assert after == {new_id}, "a draining node gets nothing new"
+    place.farm_process().kill()
+    until(lambda: not psutil.pid_exists(held["pid"]), "the farm's workers end with it")
+    place.rest(*ids.values())
+    ended_s = [max(at_s for at_s, _ in place.attempts(title)) for title in ("soon", "usual", "late")]
+    assert ended_s == sorted(ended_s)
+    place.check_nothing_redone("late", kept, attempts)
+    assert {title: place.film_sha256(title) for title in TITLES} == films
     assert place.ask("watch", ids["soon"]).endswith("done\n"), "exit code 0"
-
     usage = json.loads(place.ask("usage", "--json"))
-    assert usage["ann"]["busy_s"] > 0 and usage["ann"]["loading_s"] > 0 and usage["ann"]["cost"] > 0
-    place.ask("download", ids["soon"], "--to", "soon.mp4")
-    for name in ids:
-        alone = place.folder / "alone" / name
-        alone.mkdir(parents=True)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
-        render = [sys.executable, "-m", "cluster.cli", "render", str(place.folder / f"{name}.yaml"), "--workers", "1"]
-        done = subprocess.run(render, cwd=alone, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-        assert done.returncode == 0, done.stderr
-        film = next((place.folder / "renders" / name / "films").iterdir())
-        expected = next((alone / "renders" / name / "films").iterdir())
-        assert sha256(film.read_bytes()).digest() == sha256(expected.read_bytes()).digest(), name
-    assert (place.folder / "soon.mp4").read_bytes() == expected_bytes(place, "soon")
-    place.ask("farm", "stop")
+    assert usage["ann"]["busy_s"] > 0 and usage["ann"]["cost"] > 0
 
 
-def expected_bytes(place: Place, name: str) -> bytes:
-    return next((place.folder / "renders" / name / "films").iterdir()).read_bytes()
+def test_a_node_that_joins_is_used_and_one_that_is_drained_gets_nothing_new(
+    place: Place, films: dict[str, str]
+) -> None:
+    (first,) = place.node_ids
+    place.hooks.faults({"point": "step", "match": "window/0", "do": "hold"})
+    ids = [place.submit(title, f"moved-{title}") for title in ("usual", "soon")]
+    (held,) = place.hooks.held()
+    assert held["node"] == first
+    second, ready_s = place.add_node(), time.time()
+    stores = [f"moved-{title}" for title in ("usual", "soon")]
+
+    def attempts_on(node_id: str) -> list[tuple[str, str]]:
+        return [(name, one.task_id) for name in stores for _, one in place.attempts(name) if one.node_id == node_id]
+
+    until(lambda: attempts_on(second), "the new node works")
+    print(f"the new node had its first task {time.time() - ready_s:.1f} s after it was ready")
+    seen = place.folder / "seen"
+    with seen.open("w") as out:
+        watching = place.start("watch", ids[0], "--json", out=out)
+        drain(place, first)
+        until(lambda: events_of(seen, "node_draining"), "the notice has come")
+        before = attempts_on(first)
+        place.hooks.release()
+        place.rest(*ids)
+        finish(watching)
+    assert attempts_on(first) == before, "the running task was finished, and nothing new was sent there"
+    assert {title: place.film_sha256(f"moved-{title}") for title in ("usual", "soon")} == {
+        title: films[title] for title in ("usual", "soon")
+    }
+    until(lambda: not psutil.pid_exists(held["pid"]), "the drained node's worker is ended")
+    (gone,) = [node for node in place.cluster.worker_nodes if node.node_id == first]
+    place.cluster.remove_node(gone)
 
 
-def test_a_render_is_paused_gone_on_with_and_cancelled_and_stops_at_its_cost(place: Place) -> None:
-    place.script(START, str(place.books))
-    render_id = place.ask("submit", "usual.yaml").split()[0]
-    place.wait(lambda rows: rows[render_id]["done"] > 0, "it has begun")
+def test_a_render_is_paused_stops_at_its_cost_goes_on_and_is_downloaded(place: Place, films: dict[str, str]) -> None:
+    place.hooks.faults(SLOW)
+    render_id = place.submit("usual", "paid")
+    until(lambda: place.commits("paid"), "it has begun")
     assert "paused" in place.ask("pause", render_id)
-    assert place.rows()[render_id]["workers"] == 0
+    assert place.state(render_id).phase == "paused"
     place.ask("watch", render_id, code=75)
-    assert "queued" in place.ask("resume", render_id, "--max-cost", "0.0001")
-    rows = place.wait(lambda rows: rows[render_id]["phase"] == "paused", "its money is spent")
-    assert "--max-cost" in rows[render_id]["message"]
-    place.ask("cancel", render_id)
-    assert place.rows()[render_id]["phase"] == "cancelled"
+    kept, attempts = place.commits("paid"), len(place.attempts("paid"))
+
+    spent = json.loads(place.ask("usage", "--by", "render", "--json"))[render_id]["cost"]
+    assert "queued" in place.ask("resume", render_id, "--max-cost", str(spent + 1.0 * PRICE / 3600))
+    place.rest(render_id, phase="paused")
+    assert "--max-cost" in place.state(render_id).message
+    assert len(place.attempts("paid")) <= attempts + 1, "at most one task for each worker beyond"
+
+    place.hooks.faults()
+    place.ask("resume", render_id, "--max-cost", "100")
+    assert place.ask("watch", render_id).endswith("done\n"), "exit code 0"
+    place.check_nothing_redone("paid", kept, attempts)
+    place.ask("download", render_id, "--to", "paid.mp4")
+    assert sha256_of(place.folder / "paid.mp4") == films["usual"]
+
+
+def test_a_cancelled_render_stops_and_wrong_words_are_refused(place: Place) -> None:
+    place.hooks.faults(SLOW)
+    render_id = place.submit("late", "given-up")
+    until(lambda: place.attempts("given-up"), "it has begun")
+    assert "cancelled" in place.ask("cancel", render_id)
+    kept = len(place.attempts("given-up"))
     place.ask("watch", render_id, code=130)
     place.ask("priority", render_id, "101", code=2)
     place.ask("status", "../../evil", code=2)
+    assert len(place.attempts("given-up")) == kept
+    (row,) = [row for row in json.loads(place.ask("list", "--json")) if row["render_id"] == render_id]
+    assert (row["phase"], row["workers"]) == ("cancelled", 0)
+
+
+def test_a_stopped_farm_is_followed_by_another_on_the_same_books(place: Place, films: dict[str, str]) -> None:
+    place.hooks.faults(SLOW)
+    render_id = place.submit("late", "handed-on")
+    until(lambda: place.commits("handed-on"), "it has begun")
     place.ask("farm", "stop")
+    kept, attempts = place.commits("handed-on"), len(place.attempts("handed-on"))
+    place.ask("list", code=2)
+    place.hooks.faults()
+    place.ask("farm", "start", "--farm-store", str(place.books), "--device", "cpu", "--price", str(PRICE))
+    place.rest(render_id)
+    place.check_nothing_redone("handed-on", kept, attempts)
+    assert place.film_sha256("handed-on") == films["late"]
+
+
+def test_a_schedule_beside_the_farms_books_has_its_films_made(
+    place: Place, films: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    where = ("--schedules", str(place.books / "schedules"))
+    assert main(["schedule", "add", "nightly", "soon.yaml", "--cron", "0 0 1 1 *", "--time-zone", "UTC", *where]) == 0
+    assert main(["schedule", "run-now", "nightly", "--farm", *where]) == 0
+    capsys.readouterr()
+
+    def ended() -> dict[str, str] | None:
+        assert main(["schedule", "list", "nightly", "--json", *where]) == 0
+        (run,) = json.loads(capsys.readouterr().out)
+        return run if run["state"] not in ("claimed", "running") else None
+
+    run = until(ended, "the run has ended")
+    assert run["state"] == "done"
+    assert place.film_sha256(run["run"]) == films["soon"]
