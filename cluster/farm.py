@@ -347,8 +347,11 @@ class Farm:
         self._collect(one)
         goes_on = self._stopping and outcome.exit_code == 75 and one.ending is None
         if not goes_on:
-            phase = "done" if outcome.exit_code == 0 else one.ending or _phase_of(outcome)
-            message = "" if phase == "done" else one.why or outcome.message
+            phase, message = one.ending or _phase_of(outcome), one.why or outcome.message
+            if outcome.exit_code == 0:
+                phase, message = "done", ""
+                if self._book.states[render_id].submission.ends_for_approval:
+                    phase, message = "approval", f"stage one is there; `longtake resume {render_id}` refines it"
             await self._write(render_id, Changed(time.time(), phase, message, outcome.exit_code))
         del self._open[render_id]
         for hand in self._pool.hands.values():
@@ -509,7 +512,7 @@ class Farm:
         if submission.most_cost is not None and not self._settings.price_hour:
             remedy = "Start the farm with --price."
             raise SettingError("the farm knows no price", field="--max-cost", value=submission.most_cost, remedy=remedy)
-        if state is not None and state.phase == "done" and same_order(state.submission, submission):
+        if state is not None and state.phase in ("done", "approval") and same_order(state.submission, submission):
             return self._row(render_id), True
         if render_id in self._open:
             raise SettingError("is still ending", field="ID", value=render_id, remedy="Try again in a few seconds.")
@@ -520,7 +523,7 @@ class Farm:
     async def _rows(self) -> list[Row]:
         await self._when_ready()
         rows = [self._row(render_id) for render_id in self._book.states]
-        order = ("running", "queued", "paused", "failed", "cancelled", "done")
+        order = ("running", "queued", "approval", "paused", "failed", "cancelled", "done")
         return sorted(rows, key=lambda row: (order.index(row.phase), -row.priority, row.submitted_at_s))
 
     async def _describe(self, render_id: str) -> Row:
@@ -543,7 +546,9 @@ class Farm:
             if not state.is_open and one is None:
                 if state.phase == "failed":
                     await self._io(lambda: give_new_budgets(state.submission.store_url))
-                await self._write(render_id, Submitted(time.time(), state.submission))
+                approved = state.phase == "approval"
+                order = state.submission.approved() if approved else state.submission
+                await self._write(render_id, Submitted(time.time(), order))
         elif state.phase != "done" and (state.phase != phase or one is not None):
             exit_code = {"paused": 75, "cancelled": 130}[phase]
             if one is None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from cluster.download import download_film
 from cluster.preflight import check_before_rendering
@@ -32,7 +32,7 @@ ANSWER_S = 120.0
 START_S = 300.0
 WATCH_S = 0.5
 SILENCE_S = 600.0
-OCCASIONS: tuple[Occasion, ...] = ("done", "failed", "paused")
+OCCASIONS: tuple[Occasion, ...] = get_args(Occasion)
 STORE_VARIABLE = "LONGTAKE_FARM"
 """Where a farm that has to be started keeps its books, if no option says so."""
 
@@ -231,7 +231,8 @@ def adjust(
 def resume(
     render_id: str, cluster: Cluster, *, most_cost: float | None, deadline_s: float | None, as_json: bool
 ) -> int:
-    """Queue a render again that has paused, failed or was cancelled, perhaps with another budget."""
+    """Queue a render again that has paused, failed, was cancelled or waits for approval, perhaps with another
+    budget."""
     if most_cost is not None or deadline_s is not None:
         entry = Adjusted(time.time(), None, most_cost, deadline_s)
         with _farm(cluster) as ask:

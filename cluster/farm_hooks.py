@@ -1,4 +1,5 @@
-"""Hooks of a submission: a command or a web address that is told when its render is done, failed or paused.
+"""Hooks of a submission: a command or a web address that is told when its render is done, failed, paused or
+waits for approval.
 
 A hook runs where the farm runs. It gets one JSON object: on its standard input, or as the body of a POST. What it
 answers or breaks is logged and harms nothing; a web address that does not answer is asked three times.

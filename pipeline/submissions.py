@@ -19,15 +19,19 @@ from pipeline.records import TornRecord, seal, unseal
 from pipeline.store import Store, corrupt
 from pipeline.tasks import NAME_PATTERN
 
-Phase = Literal["queued", "running", "paused", "done", "failed", "cancelled"]
-"""queued: to be rendered when its turn comes. running: it has begun. The others wait for a person."""
-Occasion = Literal["done", "failed", "paused"]
+Phase = Literal["queued", "running", "approval", "paused", "done", "failed", "cancelled"]
+"""queued: to be rendered when its turn comes. running: it has begun. approval: stage one is there to be looked at,
+resuming refines it. The others wait for a person, too.
+"""
+Occasion = Literal["done", "failed", "paused", "approval"]
 """What hooks are told of."""
 
 
 @dataclass(frozen=True)
 class Hook:
-    """What is called when a render is done, failed or paused: a command (a list of arguments) or a web address."""
+    """What is called when a render is done, failed, paused or to be approved: a command (a list of arguments) or a
+    web address.
+    """
 
     occasions: tuple[Occasion, ...]
     command: tuple[str, ...] = ()
@@ -57,6 +61,15 @@ class Submission:
     def __post_init__(self) -> None:
         check_render_id(self.render_id)
         check_priority(self.priority)
+
+    @property
+    def ends_for_approval(self) -> bool:
+        """Whether somebody wants to look at stage one before it is refined."""
+        return self.recipe.get("until") == "stage-one"
+
+    def approved(self) -> Submission:
+        """The same order with what comes after stage one; what is committed stays."""
+        return replace(self, recipe={**self.recipe, "until": "film"}) if self.ends_for_approval else self
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,9 @@ def test_a_submission_carries_what_the_farm_needs_to_plan_it_again(tmp_path: Pat
 
 def test_hooks_are_commands_or_addresses_for_some_occasions_or_all() -> None:
     assert parse_hook("failed,paused=notify --loud") == Hook(("failed", "paused"), command=("notify", "--loud"))
-    assert parse_hook("https://example.org/?a=b") == Hook(("done", "failed", "paused"), url="https://example.org/?a=b")
+    assert parse_hook("https://example.org/?a=b") == Hook(
+        ("done", "failed", "paused", "approval"), url="https://example.org/?a=b"
+    )
     assert parse_hook("env A=b notify").command == ("env", "A=b", "notify")
     with pytest.raises(SettingError):
         parse_hook("done=")
@@ -224,6 +226,15 @@ def test_a_film_that_is_not_there_is_not_downloaded(tmp_path: Path) -> None:
     render_into(store, recipe_of({"id": "one", "duration": "6s"}), only=lambda task: task.kind == "text")
     with pytest.raises(SettingError, match="no film yet"):
         download_film(store, tmp_path / "film.mp4")
+
+
+def test_approval_orders_the_rest_of_the_film() -> None:
+    coarse = submission(recipe={"spec": {"title": "A"}, "until": "stage-one"}, priority=70)
+    whole = submission(recipe={"spec": {"title": "A"}, "until": "film"}, priority=70)
+    assert coarse.ends_for_approval
+    assert not whole.ends_for_approval
+    assert coarse.approved() == whole
+    assert whole.approved() == whole
 
 
 # Hooks and metrics
