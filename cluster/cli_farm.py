@@ -28,7 +28,7 @@ def add_farm_commands(commands: Commands) -> None:
     _add(commands, "list", "renders of the cluster's farm, those that run first").set_defaults(command=_list)
     watch = _add(commands, "watch", "follow a farm's render to its end; exits as it does", one=True)
     watch.set_defaults(command=_watch)
-    resume = _add(commands, "resume", "have a farm go on with a render that paused, failed, was cancelled or waits for approval", one=True)
+    resume = _add(commands, "resume", "have a farm go on with a render that stopped or waits for approval", one=True)
     _add_budget(resume)
     resume.set_defaults(command=_resume)
     priority = _add(commands, "priority", "change a farm's render's priority", one=True)
@@ -96,7 +96,7 @@ def _add_submit(commands: Commands) -> None:
     add = parser.add_argument
     add("storyboard", type=Path, metavar="FILM", help="a storyboard (.yaml) or a film longtake made")
     add("--store", default=None, metavar="PLACE", help="where the render lies: every node has to reach it")
-    add("--until", choices=("film", "stage-one"), default="film", help="stage-one: wait there for approval, which is `resume`")
+    add("--until", choices=("film", "stage-one"), default="film", help="stage-one: wait there for `resume`")
     add_cluster(parser)
     add("--farm-store", default=None, metavar="PLACE", help="books of a farm that has to be started")
     add("--id", default=None, metavar="ID", help="the render's id (default: from its title and store)")

@@ -1060,7 +1060,9 @@ class World:
         except SettingError:
             self.unlock()
             return True
-        return plan.film_task_id not in state.commits | dict.fromkeys(self.tainted)
+        # A record that was damaged counts here: that is found, and made good, when somebody looks.
+        recorded = {task_of(path) for path in self.files if path.startswith("commits/")}
+        return plan.film_task_id not in recorded
 
     def _let_zombies_end(self) -> None:
         """Drivers that were taken over, and workers thought lost, do what they still can."""
