@@ -103,8 +103,9 @@ def submit(film: RenderRequest, cluster: Cluster, wishes: Wishes, farm_store: st
     if film.as_json:
         print(json.dumps({"attached": was_there, **asdict(row)}))
     else:
-        state = {"done": "is done already", "queued": "is queued", "running": "is running"}.get(row.phase, row.phase)
-        print(f"{row.render_id} {state}{' (it was submitted before)' if was_there else ''}")
+        words = {"done": "is done already", "queued": "is queued", "running": "is running"}
+        words["approval"] = "waits for approval"
+        print(f"{row.render_id} {words.get(row.phase, row.phase)}{' (it was submitted before)' if was_there else ''}")
     return watch(row.render_id, cluster, as_json=film.as_json) if watch_it else 0
 
 
