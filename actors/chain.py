@@ -1,7 +1,8 @@
-"""The chain role: segments, each conditioned on the last frames of the one before."""
+"""The chain role: segments, each conditioned on the last latents of the one before."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -16,10 +17,10 @@ from actors.base import (
     write_tensors,
 )
 from actors.denoising import StepWatch, load_saved, make_schedule
-from actors.frames import decode_range, gather_pieces, video_frames
+from actors.frames import decode_range, gather_latents, gather_pieces, video_frames
 from model.generate import Models, SegmentRequest, generate_segment
 from model.vae import VAE
-from pipeline.params import SegmentParams, noise_seeds
+from pipeline.params import PieceParams, SegmentParams, noise_seeds
 from pipeline.quality import FrameGate
 from pipeline.tasks import Order, Produced
 
@@ -34,6 +35,7 @@ def run_segment(context: ActorContext, models: Models, order: Order, scratch: Pa
     saved = load_saved(context, order, scratch)
     negative = None if params["negative_text"] is None else inputs[params["negative_text"]]
     text = inputs[params["text"]]
+    frames, latents_before = conditions(models.vae, inputs, params)
     request = SegmentRequest(
         text=text["text"],
         text_mask=text["mask"],
@@ -42,9 +44,8 @@ def run_segment(context: ActorContext, models: Models, order: Order, scratch: Pa
         height_px=params["height_px"],
         width_px=params["width_px"],
         segment_frames=params["segment_frames"],
-        cond_frames=gather_pieces(models.vae, inputs, params["conditions"])
-        if params["condition_frames"]
-        else None,
+        cond_frames=frames,
+        cond_latents=latents_before,
         noise_seeds=noise_seeds(params["noise"]),
         schedule=schedule,
         guidance=params["guidance"],
@@ -59,6 +60,20 @@ def run_segment(context: ActorContext, models: Models, order: Order, scratch: Pa
     tensors = {"latents": latents.float().cpu()} | ({"tail": tail} if len(tail) else {})
     file = write_tensors(context, f"{order.attempt_path}/segment.safetensors", tensors)
     return produced((file,), watch, measures)
+
+
+def conditions(
+    vae: VAE, inputs: Sequence[dict[str, Tensor]], params: SegmentParams
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the segment begins with: frames to encode, and the latents that follow them as they are."""
+    pieces, latents = params["conditions"], params["condition_latents"]
+    if not pieces:
+        return None, None
+    if not latents:
+        return gather_pieces(vae, inputs, pieces), None
+    # A clip's first latent holds one frame alone, and no latent of the segment before does; so that one is encoded.
+    first: PieceParams = {**pieces[0], "stop": pieces[0]["start"] + 1}
+    return gather_pieces(vae, inputs, [first]), gather_latents(inputs, latents)
 
 
 def look_at(vae: VAE, latents: Tensor, label: str, params: SegmentParams) -> tuple[Tensor, dict[str, float]]:

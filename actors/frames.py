@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.generate import decode_frames
 from model.vae import VAE
-from pipeline.params import LayerParams, MergeParams, PieceParams, expand_ranges, merge_weights
+from pipeline.params import LatentsParams, LayerParams, MergeParams, PieceParams, expand_ranges, merge_weights
 
 
 def gather_pieces(vae: VAE, inputs: Sequence[Mapping[str, Tensor]], pieces: Sequence[PieceParams]) -> Tensor:
@@ -33,6 +33,11 @@ def piece_frames(vae: VAE, tensors: Mapping[str, Tensor], start: int, stop: int)
     if tail is not None and start >= tail_start:
         return tail[start - tail_start : stop - tail_start]
     return torch.cat(list(decode_range(vae, latents, start, stop)))
+
+
+def gather_latents(inputs: Sequence[Mapping[str, Tensor]], parts: Sequence[LatentsParams]) -> Tensor:
+    """The latents that `parts` name, as they are stored, joined in order."""
+    return torch.cat([inputs[p["input"]]["latents"][:, p["start"] : p["stop"]] for p in parts], dim=1)
 
 
 def video_frames(vae: VAE, latent_frames: int) -> int:

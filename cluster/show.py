@@ -51,7 +51,7 @@ def print_plan(request: RenderRequest, cluster: Cluster | None = None) -> int:
         print(f"warning: {prepared.recipe.spec.checkpoint} is not here: its numbers are known, the task ids are not")
     if prepared.redo is not None and prepared.before_redo is not None:
         print("\n".join(describe_redo(prepared.redo, prepared.before_redo, plan)))
-    if done:
+    if prepared.state.commits:
         left_s = sum(task.work for task in left)
         print(f"{len(done)} of {len(plan.tasks)} tasks are committed in {prepared.store.url}, ", end="")
         print(f"{format_seconds(left_s)} of work left")

@@ -7,8 +7,8 @@ of how films are drawn.
 Everything is seeded by names: the same call gives the same films under the same numerics, and film i does not depend
 on how many are asked for.
 
-A chain hands its last frames on in 8 bits, rounded, as a render does. It is judged in pieces of six seconds; intervals
-for chains count chains, not pieces, because the pieces of one chain stand or fall together.
+A chain hands its last latents on, and in 8 bits the one frame before them, as a render does. It is judged in pieces of
+six seconds; intervals for chains count chains, not pieces, because the pieces of one chain stand or fall together.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ class Renderer:
 
     def segment(self, prompt: str, name: str, conditions: Tensor | None = None) -> Tensor:
         """Frames uint8 [F,h,w,3] of one segment that begins with `conditions`; noise is drawn from `name`."""
+        return self._decoded(self._latents(prompt, name, conditions))
+
+    def _latents(self, prompt: str, name: str, frames: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
+        """Latents [16,T,H,W] of one segment that begins with `frames` and after them `latents`."""
         states, mask = self.text.encode([prompt, self.sampling.negative_prompt])
         factor = self.models.vae.temporal_factor
         request = SegmentRequest(
@@ -89,17 +93,23 @@ class Renderer:
             noise_seeds=named_seeds(name, 1 + (self.sampling.segment_frames - 1) // factor),
             schedule=self.sampling.schedule,
             guidance=self.sampling.guidance,
-            cond_frames=conditions,
+            cond_frames=frames,
+            cond_latents=latents,
         )
-        return torch.cat(list(decode_frames(self.models.vae, generate_segment(self.models, request))))
+        return generate_segment(self.models, request)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return torch.cat(list(decode_frames(self.models.vae, latents)))
 
     def chain(self, prompt: str, name: str, frames: int) -> Tensor:
-        """`frames` frames of a chain of segments, each beginning with the last frames of the one before."""
-        film = self.segment(prompt, f"{name}/0")
-        number, shared = 1, self.sampling.condition_frames
+        """`frames` frames of a chain of segments, each beginning with the last latents of the one before."""
+        latents = self._latents(prompt, f"{name}/0")
+        film, number, shared = self._decoded(latents), 1, self.sampling.condition_frames
+        kept = (shared - 1) // self.models.vae.temporal_factor
         while len(film) < frames:
-            following = self.segment(prompt, f"{name}/{number}", film[-shared:])
-            film, number = torch.cat([film, following[shared:]]), number + 1
+            first = film[-shared : len(film) - shared + 1]
+            latents = self._latents(prompt, f"{name}/{number}", first, latents[:, -kept:])
+            film, number = torch.cat([film, self._decoded(latents)[shared:]]), number + 1
         return film[:frames]
 
 

@@ -57,7 +57,9 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentRequest:
-    """One segment. No `cond_frames`: text to video; 1: image to video; 1+4k: continuation of those frames.
+    """One segment, which begins with its conditions: `cond_frames`, encoded here, and after them `cond_latents`
+    [16,k,H,W], taken as they are. Their latents together say what it is: none, text to video; 1, image to video;
+    more, a continuation.
 
     `noise_seeds`: one for each of the segment's latent frames, those of the conditions included (and unused).
     To go on after an interruption give `start_step` and `resume`, the latents [1,16,T,H,W] that on_step saw
@@ -75,6 +77,7 @@ class SegmentRequest:
     negative_text: Tensor | None = None
     negative_mask: Tensor | None = None
     cond_frames: Tensor | None = None
+    cond_latents: Tensor | None = None
     start_step: int = 0
     resume: Tensor | None = None
     on_step: OnStep | None = None
@@ -152,16 +155,13 @@ def generate_segment(models: Models, request: SegmentRequest) -> Tensor:
     vae = models.vae
     frames = _latent_count("segment_frames", request.segment_frames, vae.temporal_factor)
     shape = _latent_shape(vae, frames, request.height_px, request.width_px, request.noise_seeds)
-    num_cond = 0
-    if request.cond_frames is not None:
-        _check_frames("cond_frames", request.cond_frames, request.height_px, request.width_px)
-        num_cond = _latent_count("cond_frames", len(request.cond_frames), vae.temporal_factor)
+    num_cond = _condition_count(vae, request, shape)
     if request.resume is not None:
         latents = _resumed(request.resume, shape)
     else:
         latents = draw_noise(request.noise_seeds, *shape[1:2], *shape[3:]).to(models.device)
-        if request.cond_frames is not None:
-            latents[0, :, :num_cond] = encode_frames(vae, request.cond_frames)
+        if num_cond:
+            latents[0, :, :num_cond] = _condition_latents(vae, request)
     text = _condition(request.text, request.text_mask, request.negative_text, request.negative_mask)
     return denoise(
         models.dit,
@@ -245,6 +245,29 @@ def _refinement_start(models: Models, request: RefineRequest, layout: RefineLayo
             models.vae, torch.cat([padding, request.cond_frames])
         )
     return latents
+
+
+def _condition_count(vae: VAE, request: SegmentRequest, shape: tuple[int, ...]) -> int:
+    """How many latents of `shape` [1,16,T,H,W] are given."""
+    count, latents = 0, request.cond_latents
+    if request.cond_frames is not None:
+        _check_frames("cond_frames", request.cond_frames, request.height_px, request.width_px)
+        count = _latent_count("cond_frames", len(request.cond_frames), vae.temporal_factor)
+    if latents is not None:
+        if latents.ndim != 4 or latents[:, :1].shape != (shape[1], 1, *shape[3:]):
+            raise InputError(f"cond_latents: {tuple(latents.shape)}, wanted [{shape[1]},k,{shape[3]},{shape[4]}]")
+        count += latents.shape[1]
+    if count >= shape[2]:
+        raise InputError(f"conditions: {count} latents leave nothing of {shape[2]} to generate")
+    return count
+
+
+def _condition_latents(vae: VAE, request: SegmentRequest) -> Tensor:
+    """The latents [16,k,H,W] that the segment begins with, on the device of the VAE."""
+    device = next(vae.parameters()).device
+    parts = [] if request.cond_frames is None else [encode_frames(vae, request.cond_frames)]
+    parts += [] if request.cond_latents is None else [request.cond_latents.to(device, torch.float32)]
+    return torch.cat(parts, dim=1)
 
 
 def _condition(

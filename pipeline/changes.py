@@ -20,6 +20,8 @@ _IN_WORDS = {
     "checkpoint": "the checkpoint changed",
     "weights.checkpoint": "the checkpoint changed",
     "weights.loras": "the LoRAs changed",
+    "conditions": "it goes on from other frames",
+    "condition_latents": "it goes on from other frames",
     "noise.redo": "to be made again with new noise",
     "noise.seed": "the seed changed",
     "noise.noise_id": "another take or shot",

@@ -17,8 +17,8 @@ from pipeline.facts import ShotLock
 from pipeline.tasks import Task, TaskKind, canonical_json
 
 LOCKABLE: tuple[TaskKind, ...] = ("segment", "window", "encode")
-NOT_ORDERED = frozenset({"weights", "schedule", "guidance", "negative_text", "checkpoint"})
-"""Parameters that come with the checkpoint and the quality, not with the shot."""
+NOT_ORDERED = frozenset({"weights", "schedule", "guidance", "negative_text", "checkpoint", "condition_latents"})
+"""Parameters that come with the checkpoint, the quality and the code, not with the shot."""
 
 
 def order_digest(kind: TaskKind, params: Mapping[str, Any], inputs: Sequence[str]) -> str:

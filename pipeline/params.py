@@ -97,6 +97,15 @@ class PieceParams(TypedDict):
     stop: int
 
 
+class LatentsParams(TypedDict):
+    """Latents [start, stop) of an input segment, as they are stored."""
+
+    input: int
+    """Position in the task's inputs."""
+    start: int
+    stop: int
+
+
 class TextParams(TypedDict):
     """Encode one prompt. Role `text`, no inputs."""
 
@@ -134,6 +143,9 @@ class SegmentParams(TypedDict):
 
     condition_frames is 0 (text), 1 (image) or the checkpoint's number (continuation). `conditions` lists
     where those frames come from, in order; joined they are exactly condition_frames frames.
+    `condition_latents`: the latents of earlier segments that hold all of these frames but the first. They are taken as
+    they are, and only the first frame is encoded. Empty where there are none (a source; a shot that ended within
+    a latent): then all the frames are encoded.
     `tail_frames`: how many last decoded frames to store as `tail` (uint8, rounded).
     `noise` covers all latents of the segment, those of the conditions included (those are overwritten).
     """
@@ -150,6 +162,7 @@ class SegmentParams(TypedDict):
     segment_frames: int
     condition_frames: int
     conditions: list[PieceParams]
+    condition_latents: list[LatentsParams]
     tail_frames: int
     noise: NoiseParams
 

@@ -28,6 +28,7 @@ from pipeline.params import (
     CodecParams,
     EncodeParams,
     FilmParams,
+    LatentsParams,
     LayerParams,
     LoraParams,
     MediaParams,
@@ -79,6 +80,7 @@ __all__ = [
     "EncodeParams",
     "Estimate",
     "FilmParams",
+    "LatentsParams",
     "LayerParams",
     "LoraParams",
     "MediaParams",
@@ -130,6 +132,8 @@ class ShotSummary:
     id: str
     start: str
     """text, image, video, frame_of or continue."""
+    goes_on_from: str
+    """Of a shot that continues another: `latents`, or `frames` where those before it end within a latent; else ""."""
     frames: int
     """In this plan's film, crossfades included."""
     first_frame: int | None
@@ -364,15 +368,20 @@ def _shot_summaries(
     studio: Studio, cut: Cut, takes: Sequence[Take], joined: Joined, fades: Sequence[int]
 ) -> list[ShotSummary]:
     summaries = []
+    segments_by_label = {task.label: task for task in studio.tasks.tasks.values() if task.kind == "segment"}
     for take in takes:
         for place in take.shots:
             shot = studio.spec.shots[place.position]
             start = next((name for name, value in shot.starts().items() if value is not None), "text")
+            opening = segments_by_label.get(f"{studio.name(place.id)}/segment/0")
+            goes_on_from = ""
+            if shot.continues and opening is not None:
+                goes_on_from = "latents" if opening.params["condition_latents"] else "frames"
             segments = sum(segment.shot == place.position for segment in take.segments)
             begin, end = cut.span(take, place)
             first = joined.starts.get(place.position)
             fade = fades[place.position]
-            summaries.append(ShotSummary(place.id, start, end - begin, first, fade, segments))
+            summaries.append(ShotSummary(place.id, start, goes_on_from, end - begin, first, fade, segments))
     return summaries
 
 
@@ -403,8 +412,9 @@ def _film_lines(plan: Plan) -> list[str]:
     for shot in plan.shots:
         where = "not shown" if shot.first_frame is None else f"from frame {shot.first_frame}"
         fade = f", crossfade of {shot.fade_frames} frames" if shot.fade_frames else ""
+        begins = f"{shot.start} from {shot.goes_on_from}" if shot.goes_on_from else shot.start
         lines.append(
-            f"shot {shot.id}: {shot.start}, {shot.frames} frames {where}, {shot.segments} segments{fade}"
+            f"shot {shot.id}: {begins}, {shot.frames} frames {where}, {shot.segments} segments{fade}"
         )
     for take in plan.shown_takes:
         lines.append(f"take {take.take} of {take.shot_id} from {timecode(float(take.first_frame / plan.fps))}")

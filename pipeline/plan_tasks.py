@@ -20,6 +20,7 @@ from pipeline.errors import SettingError
 from pipeline.facts import Attention, Facts, LoraChoice, MediaFacts, QualityFacts, ShotLock
 from pipeline.locks import LOCKABLE, order_digest
 from pipeline.params import (
+    LatentsParams,
     LoraParams,
     MediaParams,
     PieceParams,
@@ -105,12 +106,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Stage-one frames [begin, end) of a take: frames begin - offset ... of what `task_id` decodes to."""
+    """Stage-one frames [begin, end) of a take: frames begin - offset ... of what `task_id` decodes to, or, with
+    `is_source`, of a source's frames.
+    """
 
     begin: int
     end: int
     task_id: str
     offset: int
+    is_source: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ def add_chain(studio: Studio, take: Take, earlier: Mapping[str, TakeTasks]) -> T
     source = _add_source(studio, first, take, earlier, refined=False)
     line: list[Stretch] = []
     if take.lead_in and source:
-        line.append(Stretch(0, take.lead_in, source, 0))
+        line.append(Stretch(0, take.lead_in, source, 0, is_source=True))
     ids: list[str] = []
     for order, place in enumerate(take.segments):
         task_id = _add_segment(studio, take, place, line, source, len(take.segments) - order)
@@ -232,6 +236,7 @@ def _add_segment(
         conditions = [_piece(inputs, source, 0, 1)]
     else:
         conditions = pieces_of(inputs, line, place.start, place.start + place.conditions)
+    latents = latents_of_line(inputs, line, place.start + 1, place.start + place.conditions, studio.grid.temporal)
     grid, size = studio.grid, studio.sizes.stage_one
     params: SegmentParams = {
         "weights": chain_weights(studio),
@@ -244,6 +249,7 @@ def _add_segment(
         "segment_frames": grid.segment_frames,
         "condition_frames": place.conditions,
         "conditions": conditions,
+        "condition_latents": latents,
         "tail_frames": grid.condition_frames,
         "noise": {
             "seed": studio.spec.seed if shot.seed is None else shot.seed,
@@ -289,6 +295,27 @@ def pieces_of(inputs: Inputs, line: Sequence[Stretch], begin: int, end: int) -> 
         for part in line
         if part.begin < end and begin < part.end
     ]
+
+
+def latents_of_line(
+    inputs: Inputs, line: Sequence[Stretch], begin: int, end: int, temporal: int
+) -> list[LatentsParams]:
+    """The latents of segments that hold stage-one frames [begin, end) of a take's line.
+
+    Empty where not all of them are whole latents: a source has none, and a shot may end within one.
+    """
+    found: list[LatentsParams] = []
+    for part in line:
+        # Latent k of a segment holds its frames temporal * (k - 1) + 1 .. temporal * k.
+        before, last = max(begin, part.begin) - part.offset - 1, min(end, part.end) - part.offset - 1
+        if before >= last:
+            continue
+        if part.is_source or before % temporal or last % temporal:
+            return []
+        found.append(
+            {"input": inputs.at(part.task_id), "start": before // temporal + 1, "stop": last // temporal + 1}
+        )
+    return found
 
 
 def _add_source(

@@ -25,6 +25,9 @@ from actors.frames import blend, merged_latents, piece_frames
 from cluster.probe import probe_facts
 from cluster.recipe import Recipe, make_plan
 from model import errors as model_errors
+from model.checkpoint import load_vae
+from model.pixels import encode_frames
+from model.vae import VAE
 from pipeline.errors import (
     CheckpointFault,
     CorruptArtifact,
@@ -105,6 +108,11 @@ def studio(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> S
     return made
 
 
+@pytest.fixture(scope="module")
+def vae(tiny_checkpoint: Path) -> VAE:
+    return load_vae(tiny_checkpoint, device="cpu", dtype=torch.float32)
+
+
 def test_text_is_one_prompt_with_its_mask(studio: Studio) -> None:
     tensors = studio.tensors(studio.of("text")[0].id)
     assert tensors["text"].shape[0] == 1
@@ -112,19 +120,44 @@ def test_text_is_one_prompt_with_its_mask(studio: Studio) -> None:
     assert 1 < int(tensors["mask"].sum()) < 10
 
 
-def test_segments_hand_their_last_frames_forward(studio: Studio) -> None:
-    first, second = studio.of("segment")
-    tensors = studio.tensors(first.id)
-    assert tensors["latents"].shape == (16, 24, 4, 8)
-    assert tensors["tail"].shape == (13, 32, 64, 3)
-    assert tensors["tail"].dtype == torch.uint8
-    assert "tail" not in studio.tensors(second.id) or second.params["tail_frames"]
+def test_segments_hand_their_last_latents_forward_and_the_frame_before_them(studio: Studio, vae: VAE) -> None:
+    before, after = (studio.tensors(task.id) for task in studio.of("segment"))
+    assert before["latents"].shape == (16, 24, 4, 8)
+    assert (before["tail"].shape, before["tail"].dtype) == ((13, 32, 64, 3), torch.uint8)
+    assert torch.equal(after["latents"][:, 1:4], before["latents"][:, -3:])
+    assert torch.equal(after["latents"][:, :1], encode_frames(vae, before["tail"][:1]))
 
 
-def test_the_tail_is_the_end_of_what_the_latents_decode_to(studio: Studio) -> None:
-    from model.checkpoint import load_vae
+def test_a_segment_is_the_same_on_the_actor_that_made_the_one_before(studio: Studio) -> None:
+    """Elsewhere they are made by an actor each: the chain may stay or move."""
+    actor = make_actor("chain")
+    actor.setup(studio.context("chain"))
+    for task in studio.of("segment"):
+        assert actor.run(studio.order(task)).files[0].sha256 == studio.done[task.id].files[0].sha256
 
-    vae = load_vae(studio.checkpoint, device="cpu", dtype=torch.float32)
+
+@pytest.mark.parametrize(("frames", "handed"), [(97, "latents"), (98, "frames")])
+def test_a_shot_that_continues_one_that_is_trimmed_begins_with_its_last_shown_frames(
+    tmp_path: Path, tiny_checkpoint: Path, vae: VAE, frames: int, handed: str
+) -> None:
+    shots = [{"id": "a", "duration": f"{frames}f", "prompt": "a star"}]
+    shots.append({"id": "b", "duration": "9f", "prompt": "a red star", "continue": "previous"})
+    studio = Studio(tmp_path, tiny_checkpoint, {**SPEC, "refinement": "none", "shots": shots})
+    assert studio.plan.shots[1].goes_on_from == handed
+    studio.run_all("text", "segment")
+    first, second, third = (studio.tensors(task.id)["latents"] for task in studio.of("segment"))
+    # Frame 93 is the second segment's 13th, and so begins its latent 4. The last 13 frames shown begin in the first.
+    shown = torch.cat([piece_frames(vae, {"latents": first}, 0, 93), piece_frames(vae, {"latents": second}, 13, 93)])
+    last = shown[frames - 13 : frames]
+    if handed == "latents":
+        assert torch.equal(third[:, 1:4], torch.cat([first[:, 22:24], second[:, 4:5]], dim=1))
+        assert torch.allclose(third[:, :1], encode_frames(vae, last[:1]), atol=1e-2)
+    else:
+        # Pieces of clips are decoded by other sums, so that a pixel may be rounded the other way.
+        assert torch.allclose(third[:, :4], encode_frames(vae, last), atol=1e-2)
+
+
+def test_the_tail_is_the_end_of_what_the_latents_decode_to(studio: Studio, vae: VAE) -> None:
     tensors = studio.tensors(studio.of("segment")[0].id)
     tail = piece_frames(vae, tensors, 80, 93)
     decoded = piece_frames(vae, {"latents": tensors["latents"]}, 80, 93)

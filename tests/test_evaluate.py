@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from cluster.cli import main
+from cluster.evaluate import load_renderer
 from model import evaluate as evaluation
 from model import world
 from model.checkpoint import load_vae
 from model.evaluate import MEASURES, Renderer, Sampling, Share, drawn_frames, table, wanted_films
-from model.generate import Models
+from model.generate import Models, SegmentRequest, generate_segment
+from model.pixels import decode_frames
 from model.sampling import distilled_schedule
 from model.train.__main__ import main as train
 from model.train.dit import new_generator
 from model.train.loop import Plan, Training
 from model.train.pack import write_vae
 from model.train.vae import new_vae
+from pipeline.facts import load_render_facts
 from tests.test_judge import POCKET
 
 SAMPLING = Sampling(distilled_schedule(2, 8.0), 1.0)
@@ -84,6 +87,26 @@ def test_a_chain_tells_the_minute_in_which_it_was_lost() -> None:
     assert [minute["colour"]["share"] for minute in result["by minute"]] == [1.0, 0.0]
     assert result["colour"]["share"] == 0.0
     assert result["shape"]["share"] == 1.0
+
+
+def test_a_chain_hands_its_last_latents_on_and_the_frame_before_them(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, made = [], []
+
+    def watched(models: Models, request: SegmentRequest) -> torch.Tensor:
+        requests.append(request)
+        made.append(generate_segment(models, request))
+        return made[-1]
+
+    monkeypatch.setattr(evaluation, "generate_segment", watched)
+    renderer = load_renderer(tiny_checkpoint, load_render_facts(tiny_checkpoint), "cpu")
+    film = renderer.chain("a red circle", "chain", 100)
+    first, second = requests
+    assert first.cond_frames is first.cond_latents is None
+    assert torch.equal(second.cond_frames, film[80:81])
+    assert torch.equal(second.cond_latents, made[0][:, -3:])
+    assert torch.equal(film[93:], torch.cat(list(decode_frames(renderer.models.vae, made[1])))[13:20])
 
 
 def test_the_autoencoder_is_measured_everywhere_and_inside_shapes() -> None:

@@ -105,6 +105,21 @@ def test_one_request_serves_text_image_and_continuation(models, cond_frames):
         assert torch.equal(latents[:, : conditions.shape[1]], conditions)
 
 
+def test_condition_latents_follow_those_of_the_frames_as_they_are(models):
+    before = torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    frame = random_frames(1)
+    latents = generate_segment(models, segment(cond_frames=frame, cond_latents=before))
+    assert torch.equal(latents[:, :1], encode_frames(models.vae, frame))
+    assert torch.equal(latents[:, 1:3], before)
+    assert not torch.allclose(latents[:, 3:], generate_segment(models, segment())[:, 3:], atol=1e-4)
+
+
+def test_a_continuation_is_the_same_whether_its_conditions_come_as_frames_or_as_their_latents(models):
+    frames = random_frames(9)
+    by_frames = generate_segment(models, segment(cond_frames=frames))
+    assert torch.equal(generate_segment(models, segment(cond_latents=encode_frames(models.vae, frames))), by_frames)
+
+
 def test_result_depends_on_seeds_text_and_conditions(models):
     base = generate_segment(models, segment())
     assert torch.equal(generate_segment(models, segment()), base)
@@ -113,6 +128,7 @@ def test_result_depends_on_seeds_text_and_conditions(models):
         {"noise_seeds": [11, 12, 13, 14, 16]},
         {"text": other_text, "text_mask": mask},
         {"cond_frames": random_frames(1)},
+        {"cond_latents": torch.zeros(16, 1, 4, 6)},
     ):
         assert not torch.allclose(generate_segment(models, segment(**changes))[:, 1:], base[:, 1:], atol=1e-4)
 
@@ -124,7 +140,8 @@ def test_segment_resumes_bit_for_bit_after_an_interruption(models):
         guidance=4.0,
         negative_text=negative,
         negative_mask=negative_mask,
-        cond_frames=random_frames(5),
+        cond_frames=random_frames(1),
+        cond_latents=torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(0)),
     )
     whole = generate_segment(models, request)
 
@@ -258,6 +275,8 @@ def test_requests_that_do_not_fit_are_refused(models, refiner):
         ({"height_px": 40}, "height_px: 40 is no positive multiple of 16"),
         ({"cond_frames": random_frames(2)}, "cond_frames: 2 is not 1 plus a multiple of 4"),
         ({"cond_frames": random_frames(1, 16, 48)}, r"cond_frames: torch.uint8 \(1, 16, 48, 3\)"),
+        ({"cond_latents": torch.zeros(16, 1, 4, 5)}, r"cond_latents: \(16, 1, 4, 5\), wanted \[16,k,4,6\]"),
+        ({"cond_frames": random_frames(1), "cond_latents": torch.zeros(16, 4, 4, 6)}, "5 latents leave nothing of 5"),
         ({"resume": torch.zeros(1, 16, 4, 4, 6)}, r"resume: latents \(1, 16, 4, 4, 6\)"),
         ({"text": torch.zeros(1, 1, 6, 8)}, "text: states"),
         ({"guidance": 4.0}, "guidance: 4.0 needs a negative prompt"),

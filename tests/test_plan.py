@@ -204,6 +204,9 @@ def check_hand_offs(planned: Plan, facts: RenderFacts) -> None:
         if task.params["condition_frames"] == facts.condition_frames:
             frames = piece_frames(planned, task, task.params["conditions"], starts)
             assert frames == list(range(starts[task.id], starts[task.id] + facts.condition_frames))
+            check_latents(planned, task, facts)
+        else:
+            assert not task.params["condition_latents"]
         assert len(noise_seeds(task.params["noise"])) == (facts.segment_frames - 1) // facts.vae_temporal + 1
     available = {take.id: take.available for take in planned.takes}
     hop = facts.segment_frames - facts.condition_frames
@@ -217,6 +220,27 @@ def check_hand_offs(planned: Plan, facts: RenderFacts) -> None:
         times = window_times(task.params)
         assert times[0] == 0
         assert times[-1] <= len(frames) - 1
+
+
+def check_latents(planned: Plan, task: Task, facts: RenderFacts) -> None:
+    """Latents are handed on exactly where latents hold the condition frames after the first, each in one segment."""
+    owners = [
+        (task.inputs[piece["input"]], frame)
+        for piece in task.params["conditions"]
+        for frame in range(piece["start"], piece["stop"])
+    ]
+    wanted = []
+    for first in range(1, facts.condition_frames, facts.vae_temporal):
+        (owner, frame), group = owners[first], owners[first : first + facts.vae_temporal]
+        latent = (frame + facts.vae_temporal - 1) // facts.vae_temporal
+        held = [(owner, facts.vae_temporal * (latent - 1) + 1 + k) for k in range(facts.vae_temporal)]
+        wanted.append((owner, latent) if held == group and planned.tasks[owner].kind == "segment" else None)
+    got = [
+        (task.inputs[part["input"]], latent)
+        for part in task.params["condition_latents"]
+        for latent in range(part["start"], part["stop"])
+    ]
+    assert got == ([] if None in wanted else wanted)
 
 
 def check_merges(planned: Plan, facts: RenderFacts) -> None:
@@ -325,6 +349,53 @@ def test_one_take_of_five_minutes() -> None:
     assert (planned.film_frames, planned.fps, planned.film_s) == (9000, 30, 300)
     assert [planned.count(kind) for kind in ("segment", "window", "encode")] == [57, 57, 57]
     check_plan(planned, spec, render)
+
+
+def latents_before(planned: Plan, label: str) -> list[tuple[str, int, int]]:
+    """(label, first latent, end) of what a segment begins with."""
+    task = named(planned, label)
+    parts = task.params["condition_latents"]
+    return [(planned.tasks[task.inputs[part["input"]]].label, part["start"], part["stop"]) for part in parts]
+
+
+def test_a_segment_begins_with_the_last_latents_of_the_one_before() -> None:
+    planned = plan(shot("20s", id="a", image="a.png"), shot("20s", id="b", video="v.mp4"))
+    for name in ("a", "b"):
+        assert latents_before(planned, f"{name}/segment/0") == [], "an image and a video have no latents"
+        assert latents_before(planned, f"{name}/segment/1") == [(f"{name}/segment/0", 21, 24)]
+        assert latents_before(planned, f"{name}/segment/3") == [(f"{name}/segment/2", 21, 24)]
+
+
+@pytest.mark.parametrize(
+    ("stage_one_frames", "handed"),
+    [
+        (61, [("a/segment/0", 13, 16)]),
+        (97, [("a/segment/0", 22, 24), ("a/segment/1", 4, 5)]),
+        (60, []),
+        (62, []),
+        (98, []),
+    ],
+)
+def test_a_shot_goes_on_from_the_latents_before_a_trimmed_end_unless_it_cuts_one(
+    stage_one_frames: int, handed: list[tuple[str, int, int]]
+) -> None:
+    planned = plan(shot(f"{2 * stage_one_frames}f", id="a"), shot("5s", id="b", **{"continue": "previous"}))
+    assert latents_before(planned, "b/segment/0") == handed
+    assert [item.goes_on_from for item in planned.shots] == ["", "latents" if handed else "frames"]
+    assert f"shot b: continue from {'latents' if handed else 'frames'}, 150 frames" in planned.describe()
+
+
+def test_a_shot_that_reaches_back_into_a_video_goes_on_from_frames() -> None:
+    planned = plan(shot("16f", id="a", video="v.mp4"), shot("5s", id="b", **{"continue": "previous"}))
+    pieces = named(planned, "b/segment/0").params["conditions"]
+    assert [(piece["start"], piece["stop"]) for piece in pieces] == [(8, 13), (13, 21)]
+    assert latents_before(planned, "b/segment/0") == []
+
+
+def test_a_picked_take_hands_its_own_latents_on() -> None:
+    spec = film(shot("122f", id="a"), shot("5s", id="b", **{"continue": "previous"}))
+    planned = plan_film(spec, replace(OFFICIAL, picked={"a": 2}))
+    assert latents_before(planned, "b/segment/0") == [("a#2/segment/0", 13, 16)]
 
 
 def test_windows_need_no_window_and_no_later_segment_in_parallel() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli import main
+from cluster.probe import probe_facts
 from cluster.recipe import Recipe, make_plan
 from pipeline.changes import left_to_do, reasons
 from pipeline.errors import SettingError
@@ -16,7 +18,9 @@ from pipeline.journal import AttemptFailed, AttemptStarted
 from pipeline.ledger import Ledger, LedgerState
 from pipeline.plan import Plan
 from pipeline.redo import changed_ranges, choose_redo, describe_redo, parse_range, tasks_showing, with_redo
+from pipeline.spec import parse_spec
 from pipeline.store import LocalStore
+from pipeline.tasks import RECIPE_VERSION
 from tests.rendered import recipe_of, render_into, with_checkpoint
 
 LONG = {"id": "one", "duration": "40s"}
@@ -171,9 +175,27 @@ def test_changed_code_is_named(tmp_path: Path) -> None:
     store, recipe = LocalStore(tmp_path), recipe_of(SHORT)
     plan = make_plan(recipe)
     why = reasons(plan.tasks, LedgerState(), plan.tasks, 0)
-    assert set(why.values()) == {"longtake computes differently now (recipe 0, now 1)"}
+    assert set(why.values()) == {f"longtake computes differently now (recipe 0, now {RECIPE_VERSION})"}
     recipe.put(store)
-    assert json.loads(store.read("recipe.json"))["recipe_version"] == 1
+    assert json.loads(store.read("recipe.json"))["recipe_version"] == RECIPE_VERSION
+
+
+def test_a_plan_for_what_older_code_rendered_says_that_it_is_all_to_do_and_why(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = {"title": "Old", "checkpoint": str(tiny_checkpoint), "shots": [{"prompt": "a star", "duration": "7s"}]}
+    film, store = tmp_path / "film.json", LocalStore(tmp_path / "render")
+    film.write_text(json.dumps(written))
+    spec = parse_spec(film.read_text())
+    with monkeypatch.context() as older:
+        for module in ("pipeline.tasks", "cluster.recipe"):
+            older.setattr(f"{module}.RECIPE_VERSION", RECIPE_VERSION - 1)
+        render_into(store, Recipe(spec, probe_facts(spec, device="cpu")))
+    assert main(["plan", str(film), "--store", store.url]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 9 tasks are committed" in said
+    why = f"longtake computes differently now (recipe {RECIPE_VERSION - 1}, now {RECIPE_VERSION})"
+    assert f"to do, {why}: text 'a star'" in said
 
 
 def test_failures_and_interruptions_are_named(tmp_path: Path) -> None:

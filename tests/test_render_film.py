@@ -338,6 +338,29 @@ def test_killed_three_times_the_film_is_the_same_bit_for_bit(other: Path, film: 
     assert digest(other / "out/short.mp4") == digest(film.path)
 
 
+@pytest.mark.timeout(600)
+def test_killed_between_two_segments_the_chain_goes_on_bit_for_bit(
+    tmp_path: Path, tiny_checkpoint: Path, address: str
+) -> None:
+    """A segment begins with latents of the one before: of the same worker's, or of one that is gone."""
+    shot = {"id": "one", "duration": "100f", "prompt": "a red circle moves left"}
+    written = yaml.safe_dump(storyboard(tiny_checkpoint) | {"refinement": "none", "shots": [shot]})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        (folder / "film.yaml").write_text(written)
+    assert render(whole, "film.yaml", "--workers", "1", "--address", address).code == 0
+
+    process = start(killed, "film.yaml", "--workers", "1")
+    wait_for(process, lambda event: event["event"] == "committed" and event["task"].startswith("segment"))
+    _end_of(process)
+    kept = commits(killed)
+    rest = render(killed, "film.yaml", "--address", address, "--json")
+    assert rest.code == 0, rest.err
+    assert not {event["task"] + ".json" for event in rest.events if event["event"] == "dispatched"} & kept.keys()
+    assert digest(killed / "out/short.mp4") == digest(whole / "out/short.mp4")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 120 MB of its own."""

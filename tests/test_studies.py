@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model.generate import Models, RefineRequest, refine_window
+from model.pixels import frames_to_video, video_to_frames
 from pipeline.params import noise_seeds
 from tests.studies import handoff, refinement
 from tests.studies.films import Studio, cached, films, markdown, mean_of, open_studio
 from tests.studies.handoff import Ended, colours_of, pull_colours
 from tests.studies.refinement import VARIANTS, Refinery
+from tests.test_actors import Studio as Renderer
 
 WINDOWS = 3
 
@@ -131,8 +134,8 @@ def ended(studio: Studio, chain_models: Models) -> Ended:
 
 def test_truncated_levels_are_darker_by_half_a_level_and_rounded_ones_are_not() -> None:
     video = torch.linspace(-0.9, 0.9, 4000).view(1, 1, 1, 40, 100).expand(1, 3, 1, 40, 100)
-    darker = (handoff.truncate(video) - video).mean() * 127.5
-    rounded = (handoff.frames_to_video(handoff.video_to_frames(video)) - video).mean() * 127.5
+    darker = (frames_to_video(handoff.truncate(video)) - video).mean() * 127.5
+    rounded = (frames_to_video(video_to_frames(video)) - video).mean() * 127.5
     assert darker == pytest.approx(-0.5, abs=0.02)
     assert rounded == pytest.approx(0.0, abs=0.02)
 
@@ -159,6 +162,23 @@ def test_every_hand_off_conditions_the_segment_that_follows(
     assert len(handed) == 2
     assert torch.equal(new[0], plain[0])
     assert not torch.equal(new[1], plain[1])
+
+
+@pytest.mark.parametrize("variant", ["latents", "pixels"])
+def test_the_renderer_hands_on_what_the_study_calls_latents(
+    studio: Studio, chain_models: Models, tiny_checkpoint: Path, tmp_path: Path, variant: str
+) -> None:
+    prompt, hand_on = "a red circle", handoff.VARIANTS[variant]
+    list(handoff.chain(studio, chain_models, prompt, "film", 200, hand_on, tmp_path / "study"))
+    studied = [load_file(file)["latents"] for file in sorted((tmp_path / "study").glob("*.safetensors"))]
+    shot = {"id": "film", "duration": "200f", "prompt": prompt}
+    spec = {"seed": 0, "refinement": "none", "output": {"aspect": "1:1"}, "shots": [shot]}
+    renderer = Renderer(tmp_path, tiny_checkpoint, spec)
+    renderer.run_all("text", "segment")
+    rendered = [renderer.tensors(task.id)["latents"] for task in renderer.of("segment")]
+    kept = studied[0].shape[2]
+    same = [torch.equal(a[0], b[:, -kept:]) for a, b in zip(studied, rendered, strict=True)]
+    assert same == ([True] * 3 if variant == "latents" else [True, False, False])
 
 
 def test_the_anchor_pulls_colours_as_far_as_its_strength_says(ended: Ended) -> None:

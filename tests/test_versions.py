@@ -18,6 +18,7 @@ from pipeline.ledger import Ledger
 from pipeline.locks import order_digest
 from pipeline.plan import Plan
 from pipeline.store import LocalStore
+from pipeline.tasks import RECIPE_VERSION
 from tests.rendered import recipe_of, render_into, with_checkpoint
 
 ONE: dict[str, Any] = {"id": "one", "duration": "12s"}
@@ -124,7 +125,7 @@ def test_a_locked_shot_survives_changed_code(store: LocalStore, monkeypatch: pyt
     film = recipe_of(ONE, TWO)
     locked(store, film, "one")
     before = make_plan(film)
-    monkeypatch.setattr("pipeline.tasks.RECIPE_VERSION", 2)
+    monkeypatch.setattr("pipeline.tasks.RECIPE_VERSION", RECIPE_VERSION + 1)
     after = make_plan(film, Ledger(store).load().overrides)
     assert gpu(after, "one") == gpu(before, "one")
     assert not set(gpu(after, "two").values()) & set(gpu(before, "two").values())
@@ -202,6 +203,15 @@ def test_the_digest_of_an_order_knows_its_inputs_by_what_they_are_not_by_positio
     moved = {"text": 1, "conditions": [{"input": 2, "start": 0, "stop": 1}], "guidance": 4.0}
     assert order_digest("segment", params, ["a", "b"]) == order_digest("segment", moved, ["x", "a", "b"])
     assert order_digest("segment", params, ["a", "b"]) != order_digest("segment", params, ["b", "a"])
+
+
+def test_how_frames_are_handed_on_is_no_part_of_an_order_but_which_ones_are() -> None:
+    """A lock from before latents were handed on still holds."""
+    params = {"text": 0, "conditions": [{"input": 1, "start": 80, "stop": 93}]}
+    latents = {**params, "condition_latents": [{"input": 1, "start": 21, "stop": 24}]}
+    other = {**latents, "conditions": [{"input": 1, "start": 76, "stop": 89}]}
+    assert order_digest("segment", params, ["a", "b"]) == order_digest("segment", latents, ["a", "b"])
+    assert order_digest("segment", params, ["a", "b"]) != order_digest("segment", other, ["a", "b"])
 
 
 def test_a_lock_is_written_down_in_a_form_that_survives(store: LocalStore) -> None:

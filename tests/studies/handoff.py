@@ -2,8 +2,8 @@
 
     python -m tests.studies.handoff --films 5 --minutes 5
 
-Prints the table of docs/handoff.md; can be stopped and started again. No Ray: network, autoencoder, sampler, noise
-and metrics are the renderer's own, only the ways of handing on live here.
+Prints the table of docs/handoff.md; can be stopped and started again. No Ray: segments, autoencoder, noise and metrics
+are the renderer's own, only the ways of handing on live here (`latents` makes the renderer's film, a test shows).
 
 Legend: video [1,3,n,h,w] in [-1,1]; frames uint8 [n,h,w,3]; latents [1,16,T,H,W].
 """
@@ -25,11 +25,10 @@ from torch import Tensor
 
 from cluster.probe import find_checkpoint
 from model.evaluate import LAST_S, MEASURES, PIECE_S, Wanted
-from model.generate import Models
+from model.generate import Models, SegmentRequest, generate_segment
 from model.judge import look
-from model.noise import draw_noise
-from model.pixels import frames_to_video, video_to_frames
-from model.sampling import TextCondition, denoise
+from model.pixels import encode_frames, video_to_frames
+from model.sampling import TextCondition
 from pipeline.measure import REFERENCE_S
 from pipeline.params import noise_seeds
 from tests.studies.films import (
@@ -102,41 +101,37 @@ HandOff = Callable[[Models, Ended, int], Tensor]
 
 def truncated(models: Models, ended: Ended, count: int) -> Tensor:
     """Levels of 8 bits cut off, as the official code does."""
-    return _encoded(models, truncate(ended.video[:, :, -count:]))
+    return encode_frames(models.vae, truncate(ended.video[:, :, -count:]))[None]
 
 
 def truncate(video: Tensor) -> Tensor:
-    """The video in 8 bits, each level cut off instead of rounded."""
-    levels = ((video + 1) / 2 * 255).to(torch.uint8)
-    return levels.float() / 127.5 - 1
+    """The frames uint8 of a video, each level cut off instead of rounded."""
+    levels = ((video[0] + 1) / 2 * 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous()
 
 
 def pixels(models: Models, ended: Ended, count: int) -> Tensor:
     """Levels of 8 bits, rounded."""
-    return _encoded(models, frames_to_video(video_to_frames(ended.video[:, :, -count:])))
+    return encode_frames(models.vae, video_to_frames(ended.video[:, :, -count:]))[None]
 
 
 def floats(models: Models, ended: Ended, count: int) -> Tensor:
     """The decoder's numbers as they are."""
-    return _encoded(models, ended.video[:, :, -count:])
+    with torch.no_grad():
+        return models.vae.encode(ended.video[:, :, -count:].to(models.dtype)).float()
 
 
 def latents(models: Models, ended: Ended, count: int) -> Tensor:
     """The last latents as they are; only the first one, which holds a single frame, is made from pixels."""
-    single = frames_to_video(video_to_frames(ended.video[:, :, -count : ended.video.shape[2] - count + 1]))
+    single = encode_frames(models.vae, video_to_frames(ended.video[:, :, -count:][:, :, :1]))
     kept = (count - 1) // models.vae.temporal_factor
-    return torch.cat([_encoded(models, single), ended.latents[:, :, -kept:]], dim=2)
+    return torch.cat([single[None], ended.latents[:, :, -kept:]], dim=2)
 
 
 def anchored(models: Models, ended: Ended, count: int, strength: float) -> Tensor:
     """As `pixels`, the colours pulled towards those of the shot's first seconds before they are rounded."""
     pulled = pull_colours(ended.video[:, :, -count:], ended.colours, strength)
-    return _encoded(models, frames_to_video(video_to_frames(pulled)))
-
-
-def _encoded(models: Models, video: Tensor) -> Tensor:
-    with torch.no_grad():
-        return models.vae.encode(video.to(models.dtype)).float()
+    return encode_frames(models.vae, video_to_frames(pulled))[None]
 
 
 VARIANTS: dict[str, HandOff] = {
@@ -199,11 +194,18 @@ def _segment(
             "redo": 0,
         }
     )
-    x = draw_noise(seeds, studio.facts.latent_channels, *studio.latent_px(studio.stage_one_px))
-    known = 0 if given is None else given.shape[2]
-    if given is not None:
-        x[:, :, :known] = given
-    return denoise(models.dit, x, studio.chain_schedule, condition, guidance=1.0, num_cond_latents=known)
+    request = SegmentRequest(
+        text=condition.text[0],
+        text_mask=condition.mask[0],
+        height_px=studio.stage_one_px[0],
+        width_px=studio.stage_one_px[1],
+        segment_frames=grid.segment_frames,
+        noise_seeds=seeds,
+        schedule=studio.chain_schedule,
+        guidance=1.0,
+        cond_latents=None if given is None else given[0],
+    )
+    return generate_segment(models, request)[None]
 
 
 def decode(models: Models, x: Tensor) -> Tensor:

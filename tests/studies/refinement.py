@@ -312,7 +312,9 @@ VARIANTS: dict[str, tuple[Callable[[Refinery], Iterator[Unit]], str]] = {
 def stage_one_film(studio: Studio, models: Models, prompt: str, name: str, segments: int) -> Tensor:
     """A chain of segments as a render makes it: frames uint8 [n,h,w,3]."""
     condition, grid = studio.condition(prompt), studio.grid
+    kept_latents = (grid.condition_frames - 1) // grid.temporal
     film: list[Tensor] = []
+    latents: Tensor | None = None
     for index in range(segments):
         seeds = {"seed": 0, "noise_id": name, "stage": "one", "first_latent": index * grid.new_latents, "redo": 0}
         request = SegmentRequest(
@@ -324,9 +326,11 @@ def stage_one_film(studio: Studio, models: Models, prompt: str, name: str, segme
             noise_seeds=noise_seeds({**seeds, "count": grid.segment_latents}),
             schedule=studio.chain_schedule,
             guidance=1.0,
-            cond_frames=film[-1][-grid.condition_frames :] if film else None,
+            cond_frames=film[-1][-grid.condition_frames :][:1] if film else None,
+            cond_latents=None if latents is None else latents[:, -kept_latents:],
         )
-        frames = torch.cat(list(decode_frames(models.vae, generate_segment(models, request))))
+        latents = generate_segment(models, request)
+        frames = torch.cat(list(decode_frames(models.vae, latents)))
         film.append(frames if index == 0 else frames[grid.condition_frames :])
     return torch.cat(film)
 
