@@ -72,7 +72,7 @@ def _bundled() -> str | None:
 def _version(path: str, field: str) -> str:
     wrong = SettingError("is not a working ffmpeg", field=field, value=path, remedy="Name an ffmpeg binary.")
     try:
-        said = subprocess.run([path, "-version"], capture_output=True, timeout=30, check=True).stdout
+        said = subprocess.run([path, "-version"], capture_output=True, timeout=LIMIT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise wrong from error
     words = said.decode(errors="replace").split()
@@ -84,7 +84,7 @@ def _version(path: str, field: str) -> str:
 @cache
 def encoder_names(ffmpeg: Ffmpeg) -> frozenset[str]:
     """Names of the encoders the binary was built with."""
-    said = subprocess.run([ffmpeg.path, "-hide_banner", "-encoders"], capture_output=True, timeout=30).stdout
+    said = subprocess.run([ffmpeg.path, "-hide_banner", "-encoders"], capture_output=True, timeout=LIMIT_S).stdout
     lines = said.decode(errors="replace").partition("------")[2].splitlines()
     return frozenset(line.split()[1] for line in lines if len(line.split()) > 1)
 
