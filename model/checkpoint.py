@@ -33,7 +33,7 @@ from model.dit import Attention, DiT
 from model.errors import CheckpointError
 from model.lora import Lora, LoraLayer, load_lora
 from model.manifest import Manifest, read_manifest
-from model.quantize import Products, choose_products_, quantize_
+from model.quantize import Products, check_products, choose_product_, quantize_
 from model.shards import TensorInfo, open_folder, read_header
 from model.text import TextEncoder
 from model.vae import VAE
@@ -61,15 +61,16 @@ def load_dit(
     the one whose LoRAs (known by their sha256) are the longest beginning of `loras` is read, the rest is
     merged on top; `role` says which to take where several fit alike. int8 weights take no LoRA: convert the
     original with its LoRAs instead. `products`: the type in which the large Linears multiply (model/quantize.py),
-    None for what the files hold.
+    None for what the files hold. They are changed as they arrive: the device never holds all weights as stored.
     """
     part, remaining = find_dit(Path(folder), loras, role)
     network = dit_on_meta(part, attention)
+    if products is not None:
+        check_products(products, torch.device(device))
     adapters = [(read_lora(file), strength) for file, strength in remaining]
     check_loras(adapters, open_folder(part), part)
-    load_weights(network, part, device=device, dtype=dtype, transform=merging(adapters))
-    if products is not None:
-        choose_products_(network, products)
+    filled = None if products is None else lambda path: choose_product_(network, path, products)
+    load_weights(network, part, device=device, dtype=dtype, transform=merging(adapters), filled=filled)
     network.bound_logits()
     return network.eval().requires_grad_(False)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.block_sparse_attention.api import attend_in_block_order, block_order
-from kernels.linear.api import Activations
+from kernels.linear.api import Activations, QuantisedRows
 from kernels.modulate.api import add_gated, add_gated_modulate, add_gated_norm, modulate
 from kernels.norm_rope.api import norm_rope
 from kernels.swiglu.api import swiglu, swiglu_quantised
@@ -35,6 +36,10 @@ from model.errors import InputError
 
 Attention = Literal["dense", "block_sparse"]
 Grid = tuple[int, int, int]
+
+PART_TOKENS = 32_768
+"""What is wider than the stream (queries, keys and values together, the rows of the feed-forward part) is made for so
+many tokens at a time. Whole blocks, and enough rows for any GPU. Only where no gradient needs them all."""
 
 _NORM_EPS = 1e-6
 _MAX_TIMESTEP_PERIOD = 10_000
@@ -57,11 +62,16 @@ class Memory(NamedTuple):
         return Memory(self.keys[:, :, :tokens], self.values[:, :, :tokens], means)
 
     def then(self, own: Memory) -> Memory:
-        """This memory, of batch 1 or that of `own`, and `own` after it."""
+        """This memory, of batch 1 or that of `own` and from whatever device, and `own` after it."""
         means = None
         if self.means is not None and own.means is not None:
             means = _beside(self.means, own.means)
         return Memory(_beside(self.keys, own.keys), _beside(self.values, own.values), means)
+
+    def kept(self, *, on_host: bool) -> Memory:
+        """A copy that holds these bytes alone: what a layer leaves are slices of all that it projected."""
+        copy = _copy_to_host if on_host else _compact
+        return Memory(copy(self.keys), copy(self.values), None if self.means is None else copy(self.means))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +79,8 @@ class CondCache:
     """What noise tokens attend to of the conditions, for every layer, rotated once and for all.
 
     `grid`: the token grid (t, h, w) of the conditions; `attention`: the kind that it was made under, which settles
-    the order of the tokens. A cache of batch 1 serves any batch.
+    the order of the tokens. A cache of batch 1 serves any batch. It may lie in host memory: each layer then brings
+    its own part to the device.
     """
 
     layers: tuple[Memory, ...]
@@ -148,8 +159,10 @@ class DiT(nn.Module):
         return self._unpatchify(self.final_layer(x, t, layout), layout)
 
     @torch.no_grad()
-    def build_cond_cache(self, cond_latents: Tensor) -> CondCache:
-        """Run clean condition latents [B,16,Tc,H,W] once, without text; keep what later steps attend to."""
+    def build_cond_cache(self, cond_latents: Tensor, *, on_host: bool = False) -> CondCache:
+        """Run clean condition latents [B,16,Tc,H,W] once, without text; keep what later steps attend to, on the device
+        or in host memory.
+        """
         frames = cond_latents.shape[2]
         grid = self._check(cond_latents, frames, None)
         layout = self._layout(grid, frames, 0, cond_latents.device)
@@ -158,7 +171,8 @@ class DiT(nn.Module):
         layers = []
         for block in self._layers():
             x, own = block(x, t, None, None, layout, None)
-            layers.append(own)
+            layers.append(own.kept(on_host=on_host))
+            del own
         return CondCache(tuple(layers), grid, self.attention)
 
     def bound_logits(self) -> None:
@@ -285,44 +299,48 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None, keep: Tensor | None, layout: Layout, memory: Memory | None
-    ) -> tuple[Tensor, Memory]:
-        """x [B,N,C], t [B,1 or T,adaln], y [B,L,C] or None for conditions alone -> the stream [B,N,C], and what its
-        tokens leave to attend to; `memory` comes before that.
+    ) -> tuple[Tensor, Memory | None]:
+        """x [B,N,C], t [B,1 or T,adaln], y [B,L,C] or None for conditions alone -> the stream [B,N,C] and, of such
+        conditions, what their tokens leave to attend to; `memory` comes before the tokens.
         """
         mod = self.adaLN_modulation(t).chunk(6, dim=-1)
-        frame = layout.frame
-        wanted = _activations_of(self.attn.qkv)
-        normed = modulate(x, mod[0], mod[1], index=frame, eps=_NORM_EPS, quantise=wanted)
-        update, own = self.attn(normed, layout, memory)
         text = None if y is None or layout.num_cond_tokens == x.shape[1] else (y, keep)
-        x, normed = self._add_text(x, mod, update, text, layout)
-        return add_gated(x, mod[5], self.ffn(normed), index=frame), own
+        x, normed, own = self._attend(x, mod, text, layout, memory)
+        return add_gated(x, mod[5], self.ffn(normed), index=layout.frame), own if y is None else None
 
-    def _add_text(
+    def _attend(
         self,
         x: Tensor,
         mod: tuple[Tensor, ...],
-        update: Tensor,
         text: tuple[Tensor, Tensor | None] | None,
         layout: Layout,
-    ) -> tuple[Tensor, Activations]:
-        """The stream after attention to video (its update given) and text, and what the FFN reads of it."""
+        memory: Memory | None,
+    ) -> tuple[Tensor, Activations, Memory | None]:
+        """The stream after attention to video and text, what the FFN reads of it, and keys and values where there is no
+        text. At the sizes of real films each of these is more than 1 GB: names are given up as early as can be.
+        """
         norm, frame, n = self.pre_crs_attn_norm, layout.frame, layout.num_cond_tokens
-        wanted = _activations_of(self.ffn.w1)
+        wanted, wide = _activations_of(self.attn.qkv), _activations_of(self.ffn.w1)
+        update, own = self.attn(
+            modulate(x, mod[0], mod[1], index=frame, eps=_NORM_EPS, quantise=wanted), layout, memory
+        )
         if text is None:
-            return add_gated_modulate(
-                x, mod[2], update, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wanted
-            )
+            return *add_gated_modulate(
+                x, mod[2], update, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wide
+            ), own
+        del own
         # Conditions in the sequence see no text: the Linear quantises what is left of the rows itself.
         quantise = None if n else _activations_of(self.cross_attn.q_linear)
         x, normed = add_gated_norm(
             x, mod[2], update, norm.weight, norm.bias, index=frame, eps=_NORM_EPS, quantise=quantise
         )
+        del update
         if isinstance(normed, Tensor) and n:
             x = torch.cat([x[:, :n], x[:, n:] + self.cross_attn(normed[:, n:], *text)], dim=1)
-            return x, modulate(x, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wanted)
+            return x, modulate(x, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wide), None
         update = self.cross_attn(normed, *text)
-        return add_gated_modulate(x, None, update, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wanted)
+        del normed
+        return *add_gated_modulate(x, None, update, mod[3], mod[4], index=frame, eps=_NORM_EPS, quantise=wide), None
 
 
 class SelfAttention(nn.Module):
@@ -332,6 +350,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.logit_bound: float | None = None  # no |q.k| D^-1/2 exceeds it; see DiT.bound_logits
+        self.in_parts = True  # more than PART_TOKENS tokens are projected in parts
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.q_norm = HeadNorm(config.head_dim)
         self.k_norm = HeadNorm(config.head_dim)
@@ -339,23 +358,65 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Activations, layout: Layout, memory: Memory | None) -> tuple[Tensor, Memory]:
         """x [B,N,C] -> [B,N,C] after the output projection, and the keys and values of these tokens."""
-        q, k, v = _split_heads(self.qkv(x), 3, self.num_heads)
-        block = layout.means_block
-        q, q_means = norm_rope(q, self.q_norm.weight, layout.rotary, eps=_NORM_EPS, block=block)
-        k, k_means = norm_rope(k, self.k_norm.weight, layout.rotary, eps=_NORM_EPS, block=block)
-        own = Memory(k, v, k_means)
-        seen, n = own if memory is None else memory.then(own), layout.num_cond_tokens
+        out, own = self._attend_all(x, layout, memory)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected, own
+
+    def _attend_all(self, x: Activations, layout: Layout, memory: Memory | None) -> tuple[Tensor, Memory]:
+        """What attention gives [B,heads,N,D], and the keys and values of these tokens."""
+        if self.in_parts and layout.rotary.shape[0] > PART_TOKENS and not torch.is_grad_enabled():
+            q, q_means, own, seen = self._project_in_parts(x, layout, memory)
+        else:
+            q, q_means, own = self._project(x, layout.rotary, layout.means_block)
+            seen = own if memory is None else memory.then(own)
+        block, n = layout.means_block, layout.num_cond_tokens
         if 0 < n < q.shape[2]:
             means = (None, None) if q_means is None or block is None else q_means.split(
                 (n // block, q_means.shape[2] - n // block), dim=2
             )
             conditions = self._attend(q[:, :, :n], means[0], own.first(n, block), layout.num_cond, layout.sparse)
             noisy = layout.grid[0] - layout.num_cond
-            out = torch.cat([conditions, self._attend(q[:, :, n:], means[1], seen, noisy, layout.sparse)], dim=2)
-        else:
-            out = self._attend(q, q_means, seen, layout.grid[0], layout.sparse)
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return projected, own
+            return torch.cat([conditions, self._attend(q[:, :, n:], means[1], seen, noisy, layout.sparse)], dim=2), own
+        return self._attend(q, q_means, seen, layout.grid[0], layout.sparse), own
+
+    def _project(self, x: Activations, rotary: Tensor, block: int | None) -> tuple[Tensor, Tensor | None, Memory]:
+        """Queries with their block means, and keys and values, of tokens whose rotary table this is."""
+        q, k, v = _split_heads(self.qkv(x), 3, self.num_heads)
+        q, q_means = norm_rope(q, self.q_norm.weight, rotary, eps=_NORM_EPS, block=block)
+        k, k_means = norm_rope(k, self.k_norm.weight, rotary, eps=_NORM_EPS, block=block)
+        return q, q_means, Memory(k, v, k_means)
+
+    def _project_in_parts(
+        self, x: Activations, layout: Layout, memory: Memory | None
+    ) -> tuple[Tensor, Tensor | None, Memory, Memory]:
+        """Queries, their block means, own keys and values, and all that is seen, `memory` first.
+
+        As many tokens at a time as keep the fused projection small; keys and values are written where attention reads
+        them, behind those of `memory`: nothing is there twice.
+        """
+        tokens, past = layout.rotary.shape[0], 0 if memory is None else memory.keys.shape[2]
+        q = k = v = torch.empty(0)
+        means: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for start in range(0, tokens, PART_TOKENS):
+            part = slice(start, min(start + PART_TOKENS, tokens))
+            here = slice(past + part.start, past + part.stop)
+            part_q, q_means, own = self._project(_rows(x, part), layout.rotary[part], layout.means_block)
+            if start == 0:
+                q, k, v = (_room(part_q, count) for count in (tokens, past + tokens, past + tokens))
+            q[:, :, part], k[:, :, here], v[:, :, here] = part_q, own.keys, own.values
+            if q_means is not None and own.means is not None:
+                means[0].append(q_means)
+                means[1].append(own.means)
+            del part_q, own
+        own = Memory(k[:, :, past:], v[:, :, past:], torch.cat(means[1], dim=2) if means[1] else None)
+        all_means = torch.cat(means[0], dim=2) if means[0] else None
+        if memory is None:
+            return q, all_means, own, own
+        k[:, :, :past], v[:, :, :past] = memory.keys, memory.values
+        seen_means = None
+        if memory.means is not None and own.means is not None:
+            seen_means = _beside(memory.means, own.means)
+        return q, all_means, own, Memory(k, v, seen_means)
 
     def _attend(
         self, q: Tensor, q_means: Tensor | None, seen: Memory, frames: int, sparse: BlockSparseConfig | None
@@ -391,10 +452,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Activations, y: Tensor, keep: Tensor | None) -> Tensor:
         """x [B,N,C], y [B,L,C], keep [B,1,1,L] or None -> [B,N,C]."""
-        (q,) = _split_heads(self.q_linear(x), 1, self.num_heads)
         k, v = _split_heads(self.kv_linear(y), 2, self.num_heads)
-        q, _ = norm_rope(q, self.q_norm.weight, None, eps=_NORM_EPS)
         k, _ = norm_rope(k, self.k_norm.weight, None, eps=_NORM_EPS)
+        return _in_parts(lambda part: self._attend(part, k, v, keep), x)
+
+    def _attend(self, x: Activations, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+        (q,) = _split_heads(self.q_linear(x), 1, self.num_heads)
+        q, _ = norm_rope(q, self.q_norm.weight, None, eps=_NORM_EPS)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
@@ -410,6 +474,10 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(width, inner, bias=False)
 
     def forward(self, x: Activations) -> Tensor:
+        """x [B,N,C] -> [B,N,C]."""
+        return _in_parts(self._widen, x)
+
+    def _widen(self, x: Activations) -> Tensor:
         gate, value, wanted = self.w1(x), self.w3(x), _activations_of(self.w2)
         out: Tensor = self.w2(swiglu(gate, value) if wanted is None else swiglu_quantised(gate, value, wanted))
         return out
@@ -519,8 +587,44 @@ def _split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 
 
 def _beside(first: Tensor, second: Tensor) -> Tensor:
-    """Tokens [B or 1,heads,N,D] and more [B,heads,M,D] -> [B,heads,N+M,D]."""
-    return torch.cat([first.expand(second.shape[0], -1, -1, -1), second], dim=2)
+    """Tokens [B or 1,heads,N,D] from whatever device and more [B,heads,M,D] -> [B,heads,N+M,D]."""
+    return torch.cat([first.to(second.device).expand(second.shape[0], -1, -1, -1), second], dim=2)
+
+
+def _in_parts(compute: Callable[[Activations], Tensor], x: Activations) -> Tensor:
+    """What `compute` makes of the tokens of x [B,N,C], each by itself: of at most PART_TOKENS at a time, so that what
+    it holds meanwhile is no larger. With gradients all at once, which need that anyway."""
+    tokens = (x if isinstance(x, Tensor) else x.values).shape[1]
+    if tokens <= PART_TOKENS or torch.is_grad_enabled():
+        return compute(x)
+    rows = compute(_rows(x, slice(0, PART_TOKENS)))
+    out = rows.new_empty(rows.shape[0], tokens, rows.shape[2])
+    out[:, :PART_TOKENS] = rows
+    del rows
+    for start in range(PART_TOKENS, tokens, PART_TOKENS):
+        part = slice(start, start + PART_TOKENS)
+        out[:, part] = compute(_rows(x, part))
+    return out
+
+
+def _rows(x: Activations, part: slice) -> Activations:
+    """Some tokens of x [B,N,C]."""
+    return x[:, part] if isinstance(x, Tensor) else QuantisedRows(x.values[:, part], x.scale[:, part], x.dtype)
+
+
+def _room(like: Tensor, tokens: int) -> Tensor:
+    """Memory [B,heads,`tokens`,D] in which the heads of a token lie side by side."""
+    batch, heads, _, size = like.shape
+    return like.new_empty(batch, tokens, heads, size).transpose(1, 2)
+
+
+def _compact(x: Tensor) -> Tensor:
+    return x.contiguous().clone() if x.untyped_storage().nbytes() > x.nbytes else x
+
+
+def _copy_to_host(x: Tensor) -> Tensor:
+    """A copy in host memory, page-locked where a GPU is going to read it."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x)
 
 
 def _activations_of(layer: nn.Module) -> torch.dtype | None:

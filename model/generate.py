@@ -16,6 +16,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from model.dit import Attention, DiT
 from model.errors import InputError
 from model.noise import draw_noise
+from model.offload import set_aside
 from model.pixels import decode_frames, encode_frames, encode_resampled
 from model.sampling import OnStep, Schedule, TextCondition, denoise
 from model.vae import VAE
@@ -47,12 +49,18 @@ _REFINE_GRANULARITY = 4
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The networks of a role, and where and in which type they run."""
+    """The networks of a role, and where and in which type they run.
+
+    For cards with little memory, without any change of results: `vae_on_host` keeps the VAE in host memory while the
+    DiT denoises, `cache_on_host` what it keeps of the conditions.
+    """
 
     dit: DiT
     vae: VAE
     device: torch.device
     dtype: torch.dtype
+    vae_on_host: bool = False
+    cache_on_host: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +171,7 @@ def generate_segment(models: Models, request: SegmentRequest) -> Tensor:
         if num_cond:
             latents[0, :, :num_cond] = _condition_latents(vae, request)
     text = _condition(request.text, request.text_mask, request.negative_text, request.negative_mask)
-    return denoise(
-        models.dit,
-        latents,
-        request.schedule,
-        text,
-        guidance=request.guidance,
-        num_cond_latents=num_cond,
-        start_step=request.start_step,
-        on_step=request.on_step,
-    )[0]
+    return _denoise(models, request, latents, text, guidance=request.guidance, num_cond_latents=num_cond)[0]
 
 
 def refine_window(models: Models, request: RefineRequest) -> Refined:
@@ -190,16 +189,8 @@ def refine_window(models: Models, request: RefineRequest) -> Refined:
         latents = _resumed(request.resume, shape)
     else:
         latents = _refinement_start(models, request, layout)
-    latents = denoise(
-        models.dit,
-        latents,
-        request.schedule,
-        _condition(request.text, request.text_mask, None, None),
-        guidance=1,
-        num_cond_latents=layout.cond_latents,
-        start_step=request.start_step,
-        on_step=request.on_step,
-    )
+    text = _condition(request.text, request.text_mask, None, None)
+    latents = _denoise(models, request, latents, text, guidance=1, num_cond_latents=layout.cond_latents)
     return Refined(latents[0], layout.front_frames, layout.back_frames)
 
 
@@ -228,6 +219,29 @@ def refine_layout(frames: int, cond_frames: int, temporal_factor: int = 4) -> Re
 def mix_noise(clean: Tensor, noise: Tensor, sigma: float) -> Tensor:
     """The flow-matching state at noise level sigma: (1 - sigma) * clean + sigma * noise."""
     return (1 - sigma) * clean + sigma * noise
+
+
+def _denoise(
+    models: Models,
+    request: SegmentRequest | RefineRequest,
+    latents: Tensor,
+    text: TextCondition,
+    *,
+    guidance: float,
+    num_cond_latents: int,
+) -> Tensor:
+    with set_aside(models.vae) if models.vae_on_host else nullcontext():
+        return denoise(
+            models.dit,
+            latents,
+            request.schedule,
+            text,
+            guidance=guidance,
+            num_cond_latents=num_cond_latents,
+            cache_on_host=models.cache_on_host,
+            start_step=request.start_step,
+            on_step=request.on_step,
+        )
 
 
 def _refinement_start(models: Models, request: RefineRequest, layout: RefineLayout) -> Tensor:

@@ -4,7 +4,8 @@ int8 is symmetric for each output row, scale = max|w| / 127, every Linear but `f
 `weight_int8` [out,in], `weight_scale` [out] and a bf16 `bias` in place of `weight` and `bias`. How products are made
 is another matter (`Products`):
 
-- "weight_only": in the type of the input, int8 widened tile by tile: saves memory, not arithmetic. Any device.
+- "weight_only": in the type of the input, int8 widened tile by tile: saves memory, not arithmetic. Any device. Every
+  Linear that files would hold as int8.
 - "int8", "fp8": the input is rounded too, with one scale for each row, and the large Linears of the blocks multiply
   in that type: faster where the chip is (int8: compute capability 8.0, fp8: 8.9). Small Linears stay as they are.
 """
@@ -87,25 +88,40 @@ def quantize_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def choose_products_(model: nn.Module, products: Products) -> None:
-    """Let the large Linears of `model` multiply in another type, in place.
+    """Let the Linears of `model` (the large ones, but for "weight_only") multiply in another type, in place.
 
     Raises InputError where that cannot be: fp8 needs weights in floating point, and on CUDA compute capability 8.9.
     """
-    weights = next(model.parameters())
-    if products == "fp8" and weights.is_cuda and capability(weights) < (8, 9):
-        raise InputError(f"products: fp8 needs compute capability 8.9, this GPU has {capability(weights)}")
-    for path, module in list(model.named_modules()):
-        if _LARGE.fullmatch(path) is None:
-            continue
-        if isinstance(module, nn.Linear) and products == "fp8":
-            model.set_submodule(path, Fp8Linear(*quantise_weight_fp8(module.weight), _small_bias(module)))
-            continue
-        if isinstance(module, nn.Linear):
-            module = QuantLinear(*quantize_weight(module.weight), _small_bias(module))
-            model.set_submodule(path, module)
-        if not isinstance(module, QuantLinear) or products == "fp8":
-            raise InputError(f"products: {path} is a {type(module).__name__} and cannot multiply in {products}")
-        module.activations = torch.int8 if products == "int8" else None
+    check_products(products, next(model.parameters()).device)
+    for path in [path for path, _ in model.named_modules()]:
+        choose_product_(model, path, products)
+
+
+def check_products(products: Products, device: torch.device) -> None:
+    """Raise InputError where a device cannot multiply like that."""
+    if products != "fp8" or device.type != "cuda":
+        return
+    able = capability(torch.empty(0, device=device))
+    if able < (8, 9):
+        raise InputError(f"products: fp8 needs compute capability 8.9, this GPU has {able}")
+
+
+@torch.no_grad()
+def choose_product_(model: nn.Module, path: str, products: Products) -> None:
+    """What `choose_products_` does to one module, which may be one that stays as it is."""
+    module = model.get_submodule(path)
+    is_concerned = path != _KEPT_IN_FULL if products == "weight_only" else _LARGE.fullmatch(path) is not None
+    if not is_concerned or not isinstance(module, (nn.Linear, QuantLinear, Fp8Linear)):
+        return
+    if isinstance(module, nn.Linear) and products == "fp8":
+        model.set_submodule(path, Fp8Linear(*quantise_weight_fp8(module.weight), _small_bias(module)))
+        return
+    if isinstance(module, nn.Linear):
+        module = QuantLinear(*quantize_weight(module.weight), _small_bias(module))
+        model.set_submodule(path, module)
+    if not isinstance(module, QuantLinear) or products == "fp8":
+        raise InputError(f"products: {path} is a {type(module).__name__} and cannot multiply in {products}")
+    module.activations = torch.int8 if products == "int8" else None
 
 
 def _small_bias(linear: nn.Linear) -> Tensor | None:

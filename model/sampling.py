@@ -94,6 +94,7 @@ def denoise(
     guidance: float,
     num_cond_latents: int = 0,
     use_cond_cache: bool = True,
+    cache_on_host: bool = False,
     start_step: int = 0,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -102,15 +103,17 @@ def denoise(
 
     guidance 1 runs the prompt alone; otherwise CFG-zero with the negative prompt first in the batch.
     `use_cond_cache` runs the conditions once instead of at every step (guidance then weighs the noise frames
-    only). To resume, pass latents after `start_step` steps. on_step(steps_done, latents) is called after each
-    step; what it raises ends the loop. Raises NumericsError if the result is not finite, InputError for
-    requests that do not fit.
+    only), and keeps what comes of it on the device or in host memory: the same bits. To resume, pass latents
+    after `start_step` steps. on_step(steps_done, latents) is called after each step; what it raises ends the
+    loop. Raises NumericsError if the result is not finite, InputError for requests that do not fit.
     """
     _check_request(latents, schedule, text, guidance, num_cond_latents, start_step)
     latents = latents.to(device=dit.device, dtype=torch.float32)
     conditions, noisy = latents[:, :, :num_cond_latents], latents[:, :, num_cond_latents:]
     prompts = _batch_prompts(text, guidance, dit.device)
-    cache = dit.build_cond_cache(conditions) if num_cond_latents and use_cond_cache else None
+    cache = None
+    if num_cond_latents and use_cond_cache:
+        cache = dit.build_cond_cache(conditions, on_host=cache_on_host)
     for step in range(start_step, schedule.steps):
         prediction = _predict(dit, conditions, noisy, schedule.timesteps[step], prompts, guidance, cache)
         noisy = noisy + (schedule.sigmas[step] - schedule.sigmas[step + 1]) * prediction

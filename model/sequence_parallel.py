@@ -42,6 +42,7 @@ def split_sequence(dit: DiT, group: dist.ProcessGroup) -> None:
         block.register_forward_pre_hook(exchange.enter_first if index == 0 else exchange.enter)
         block.attn.register_forward_pre_hook(_see_all)
         block.attn.num_heads = heads // size
+        block.attn.in_parts = False  # the exchange is of all tokens
         block.attn.qkv.register_forward_hook(exchange.to_heads)
         block.attn.proj.register_forward_pre_hook(exchange.to_tokens)
     dit.final_layer.register_forward_pre_hook(exchange.enter_last)

@@ -18,6 +18,8 @@ from model.shards import TensorInfo, iter_tensors, open_folder
 
 # transform(name, stored tensor on the target device) -> tensor of the same shape; runs before the cast
 Transform = Callable[[str, Tensor], Tensor]
+# filled(path): all that a module itself holds is in place; it may be replaced by another one
+Filled = Callable[[str], None]
 
 
 def load_weights(
@@ -27,12 +29,13 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     transform: Transform | None = None,
+    filled: Filled | None = None,
 ) -> None:
     """Fill a module built under `torch.device("meta")` from a weights folder, in place.
 
     Parameters become `dtype` on `device`; buffers and integer tensors keep the type that the module declares
-    (int8 weights, their scales). Raises CheckpointError before anything is read if names or shapes do not
-    match, or while reading if a file ends early.
+    (int8 weights, their scales). `filled` is told each module as soon as it is whole. Raises CheckpointError
+    before anything is read if names or shapes do not match, or while reading if a file ends early.
     """
     stored = open_folder(Path(folder))
     check_names(module, stored, Path(folder))
@@ -42,6 +45,9 @@ def load_weights(
         if transform:
             tensor = transform(info.name, tensor)
         _place(module, tied.get(info.name, [info.name]), tensor, dtype, host)
+        path = info.name.rpartition(".")[0]
+        if filled is not None and not any(held.is_meta for held in _own_tensors(module.get_submodule(path))):
+            filled(path)
     unfilled = [name for name, tensor in _tensors(module) if tensor.is_meta]
     if unfilled:
         raise CheckpointError(
@@ -97,6 +103,11 @@ def _place(
     value = nn.Parameter(value, requires_grad=declared.requires_grad) if is_parameter else value
     for owner, leaf in owners:
         setattr(owner, leaf, value)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -20,11 +20,12 @@ from tiny_checkpoint import make_checkpoint
 from torch import nn
 
 import model.digest
+from model import weights as weights_module
 from model.checkpoint import load_dit, load_text, load_vae
 from model.digest import checkpoint_files, digest, file_sha256, require_disk_space
 from model.errors import CheckpointError
 from model.lora import load_lora, merge_lora
-from model.quantize import QuantLinear, quantize_
+from model.quantize import QuantLinear, choose_products_, quantize_
 from model.shards import ShardWriter, iter_tensors, read_header
 from model.weights import load_weights
 
@@ -310,6 +311,28 @@ def test_merging_while_loading_equals_merging_into_the_loaded_model(folder):
         merge_lora(plain, load_lora(file), strength)
     for name, tensor in merged.state_dict().items():
         assert torch.equal(tensor, plain.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("products", ["weight_only", "int8", "fp8"])
+def test_weights_are_quantised_as_they_arrive_with_the_same_bits(folder, monkeypatch, products):
+    write_checkpoint(folder)
+    loras = [(sorted((folder / "lora").iterdir())[0], 1.0)]
+    whole = load_dit(folder, **CPU, loras=loras)
+    choose_products_(whole, products)
+    wide: list[int] = []
+    place = weights_module._place
+
+    def watched(module, *more):
+        place(module, *more)
+        large = [m for path, m in module.named_modules() if isinstance(m, nn.Linear) and ".ffn." in path]
+        wide.append(sum(not linear.weight.is_meta for linear in large))
+
+    monkeypatch.setattr(weights_module, "_place", watched)
+    loaded = load_dit(folder, **CPU, loras=loras, products=products)
+    assert max(wide) == 1, "one wide weight at a time"
+    assert loaded.state_dict().keys() == whole.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
 
 
 def test_lora_for_other_layers_is_refused_with_every_mismatch(folder):

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from kernels.block_sparse_attention.api import block_order
 from kernels.norm_rope.reference import rotate
+from model import dit as dit_module
 from model.config import BlockSparseConfig, DiTConfig
 from model.dit import DiT, rotary_table
 from model.errors import CheckpointError, InputError
+from model.quantize import choose_products_
 
 GOLDEN = Path(__file__).parent / "golden"
 ONE_FORWARD = 5e-6
@@ -105,6 +107,60 @@ def test_cache_and_conditions_in_the_sequence_agree(cases, weights, attention):
     cache = model.build_cond_cache(x[:, :, :4])
     out = model(x[:, :, 4:], torch.tensor([400.0]), text, mask, cond_cache=cache)
     assert (out - whole[:, :, 4:]).abs().max() < ONE_FORWARD
+
+
+@pytest.mark.parametrize("attention", ["dense", "block_sparse"])
+@pytest.mark.parametrize("products", [None, "int8"])
+@pytest.mark.parametrize("kept", ["nothing", "cache", "sequence"])
+def test_many_tokens_are_computed_in_parts_with_the_same_result(cases, weights, monkeypatch, attention, products, kept):
+    model = build(weights, attention=attention)
+    if products:
+        choose_products_(model, products)
+    x, text, mask = cases["model_bsa.x"], cases["dense.y"], cases["dense.mask"]
+    x = x.expand(len(text), -1, -1, -1, -1)
+    times = torch.full((len(x), 8), 400.0)
+    times[:, :4] = 0
+    cache = model.build_cond_cache(x[:1, :, :4])
+    calls = {
+        "nothing": lambda: model(x, times[:, 4], text, mask),
+        "cache": lambda: model(x[:, :, 4:], times[:, 4], text, mask, cond_cache=cache),
+        "sequence": lambda: model(x, times, text, mask, num_cond_latents=4),
+    }
+    whole = calls[kept]()
+    seen = []
+    for name in ("attn.qkv", "cross_attn.q_linear", "ffn.w1"):
+        model.get_submodule(f"blocks.0.{name}").register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
+    monkeypatch.setattr(dit_module, "PART_TOKENS", 64)
+    with torch.no_grad():
+        out = calls[kept]()
+    assert max(seen) == 64
+    assert len(seen) > 3
+    # A row that is quantised by itself has the digits that it has among others; sums of floats need not.
+    torch.testing.assert_close(out, whole, atol=ONE_FORWARD if products is None else 2e-3, rtol=0)
+
+
+def test_cache_holds_what_is_needed_and_nothing_beside_it(cases, dit):
+    cache = dit.build_cond_cache(cases["kv.cond_x"])
+    kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == sum(tensor.nbytes for tensor in kept)
+
+
+def test_cache_in_host_memory_gives_the_same_bits(cases, dit):
+    inputs = [cases[name] for name in ("kv.x", "kv.t", "dense.y", "dense.mask")]
+    there, here = (dit.build_cond_cache(cases["kv.cond_x"], on_host=host) for host in (True, False))
+    assert torch.equal(dit(*inputs, cond_cache=there), dit(*inputs, cond_cache=here))
+
+
+@pytest.mark.parametrize("part_tokens", [16, 4096])
+def test_each_layer_brings_its_part_of_a_cache_from_another_device(cases, weights, monkeypatch, part_tokens):
+    model = build(weights)
+    cache = model.build_cond_cache(cases["kv.cond_x"])
+    elsewhere = model.to("meta")
+    inputs = [cases[name].to("meta") for name in ("kv.x", "kv.t", "dense.y", "dense.mask")]
+    monkeypatch.setattr(dit_module, "PART_TOKENS", part_tokens)
+    with torch.no_grad():
+        assert elsewhere(*inputs, cond_cache=cache).is_meta
+    assert not any(layer.keys.is_meta for layer in cache.layers)
 
 
 def test_conditions_see_neither_text_nor_noise():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -118,6 +119,37 @@ def test_a_continuation_is_the_same_whether_its_conditions_come_as_frames_or_as_
     frames = random_frames(9)
     by_frames = generate_segment(models, segment(cond_frames=frames))
     assert torch.equal(generate_segment(models, segment(cond_latents=encode_frames(models.vae, frames))), by_frames)
+
+
+@pytest.mark.parametrize("stage", ["segment", "window"])
+def test_vae_and_cache_in_host_memory_change_no_bit_and_do_leave_the_device(models, refiner, stage):
+    on_card = models if stage == "segment" else refiner
+    cond = {"cond_frames": random_frames(5)} if stage == "segment" else {}
+    make = (lambda m: generate_segment(m, segment(**cond, on_step=look))) if stage == "segment" else (
+        lambda m: refine_window(m, window(on_step=look)).latents
+    )
+    before = [weakref.ref(tensor.untyped_storage()) for tensor in models.vae.parameters()]
+    gone: list[bool] = []
+
+    def look(steps_done: int, latents: torch.Tensor) -> None:
+        gone.append(all(storage() is None for storage in before))
+
+    kept = make(on_card)
+    assert gone and not any(gone)
+    gone.clear()
+    assert torch.equal(make(dataclasses.replace(on_card, vae_on_host=True, cache_on_host=True)), kept)
+    assert gone and all(gone)
+
+
+def test_vae_comes_back_when_denoising_is_stopped(models):
+    def stop(steps_done: int, latents: torch.Tensor) -> None:
+        raise Interrupted(steps_done, latents)
+
+    frames = random_frames(5)
+    before = encode_frames(models.vae, frames)
+    with pytest.raises(Interrupted):
+        generate_segment(dataclasses.replace(models, vae_on_host=True), segment(on_step=stop))
+    assert torch.equal(encode_frames(models.vae, frames), before)
 
 
 def test_result_depends_on_seeds_text_and_conditions(models):
