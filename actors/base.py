@@ -39,8 +39,14 @@ from pipeline.errors import (
 )
 from pipeline.media_child import Ffmpeg
 from pipeline.params import MediaParams, WeightsParams, media_file
+from pipeline.spec import Memory
 from pipeline.store import Store
 from pipeline.tasks import ArtifactFile, Order, Produced, Role
+
+CARD_REMEDY = (
+    "If nothing else uses the card, it is too small for this role: `longtake plan` says what each role needs, and "
+    "`memory: {precision: weight_only, networks: in_turn, condition_cache: host}` in the storyboard makes it less."
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class ActorContext:
     encoder_threads: int
     scratch_path: Path
     """A folder of the worker's own; each order gets a fresh folder below it."""
+    memory: Memory = field(default_factory=Memory)
+    """What the transformer's weights become, and what leaves the device while it denoises."""
     gang: Gang | None = None
     """The other members, where each segment is computed by several processes together."""
     stop: Event = field(default_factory=Event)
@@ -96,7 +104,9 @@ def mapped_errors() -> Iterator[None]:
     except model_errors.ModelError as error:
         # The plan made this request, so a refusal by the model is a mistake of the plan and cannot pass.
         raise PermanentError(str(error)) from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"{error} {CARD_REMEDY}") from error
+    except MemoryError as error:
         raise OutOfMemory(str(error)) from error
     except (OSError, MediaError) as error:
         if not is_full(error):

@@ -25,6 +25,7 @@ from actors.base import (
 from actors.media import run_media
 from model.checkpoint import load_dit, load_vae
 from model.generate import Models
+from model.offload import Turns
 from model.sampling import (
     Schedule,
     base_schedule,
@@ -72,6 +73,7 @@ class DenoisingActor:
 
 def load_models(context: ActorContext, weights: WeightsParams) -> Models:
     """The DiT of a role with its LoRAs merged in, and the VAE."""
+    memory = context.memory
     with scratch_folder(context) as scratch, mapped_errors():
         dit = load_dit(
             context.checkpoint_path,
@@ -79,10 +81,13 @@ def load_models(context: ActorContext, weights: WeightsParams) -> Models:
             dtype=context.dtype,
             loras=merged_loras(context, weights, scratch),
             attention=weights["attention"],
+            products=None if memory.precision == "stored" else memory.precision,
             role=context.role,
         )
         vae = load_vae(context.checkpoint_path, device=context.device, dtype=context.dtype)
-        return Models(dit, vae, torch.device(context.device), context.dtype)
+        device = torch.device(context.device)
+        turns = Turns(dit, vae, device) if memory.networks == "in_turn" else None
+        return Models(dit, vae, device, context.dtype, turns, cache_on_host=memory.condition_cache == "host")
 
 
 def make_schedule(params: ScheduleParams) -> Schedule:

@@ -94,6 +94,10 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("--refine-only", action="store_true", help="with --redo: the refinement alone")
     add("--store", default=None, metavar="PLACE", help="folder or s3://, gs://, az:// address of the render")
     add("--json", action="store_true", help="machine-readable output on stdout")
+    # The storyboard's `memory`; see docs/settings.md.
+    add("--precision", choices=("stored", "weight_only", "int8", "fp8"), help="of the transformer's large products")
+    add("--networks", choices=("together", "in_turn"), help="how transformer and VAE are on the card")
+    add("--condition-cache", choices=("card", "host"), help="where it is between the steps")
 
 
 def _names(text: str) -> list[str]:
@@ -109,6 +113,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--gpu-type", type=_gpu_type, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
     add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="2h", help="how many GPUs make it")
     add("--prices", type=Path, default=None, metavar="FILE", help="YAML: dollars for a GPU and hour by GPU type")
+    add("--card-gb", type=_gigabytes, default=None, metavar="N", help="say what does not fit on cards of N GB")
     parser.set_defaults(command=_plan)
 
 
@@ -139,6 +144,16 @@ def _gpu_type(text: str) -> str:
     from cluster.paces import short_name
 
     return short_name(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no size of a card in GB, such as 24")
+    return size
 
 
 def _seconds(text: str) -> float:
@@ -292,12 +307,14 @@ def _plan(options: argparse.Namespace) -> int:
     if options.gpus or options.gpu_type or options.deadline_s or options.prices:
         cluster = Cluster(options.gpus, options.gpu_type or "h200", options.deadline_s, options.prices)
     gpu_type = cluster.gpu_type if cluster else None
-    return print_plan(_selected(options, checkpoint=options.checkpoint, gpu_type=gpu_type, plan_only=True), cluster)
+    request = _selected(options, checkpoint=options.checkpoint, gpu_type=gpu_type, plan_only=True)
+    return print_plan(request, cluster, options.card_gb)
 
 
 def _selected(options: argparse.Namespace, **more: Any) -> RenderRequest:
     """What `plan` and `render` are asked for alike."""
     from cluster.render import RenderRequest
+    from pipeline.spec import Memory
 
     return RenderRequest(
         storyboard=options.storyboard,
@@ -308,6 +325,7 @@ def _selected(options: argparse.Namespace, **more: Any) -> RenderRequest:
         redo=tuple(options.redo),
         refine_only=options.refine_only,
         as_json=options.json,
+        memory={name: value for name in Memory.model_fields if (value := getattr(options, name)) is not None},
         **more,
     )
 

@@ -22,6 +22,7 @@ from cluster.job import Failed, Greeting, Standing, WorkerSettings
 from cluster.placement import Placement
 from cluster.worker import SIDE_GROUP, worker_class
 from pipeline.params import WeightsParams
+from pipeline.spec import Memory
 from pipeline.tasks import Order, Produced, Role
 
 RAY_LOSSES = (ray_errors.RayError,)
@@ -63,9 +64,10 @@ class Door:
         """The node it is on. A gang that spans several is in a place of its own: all of them."""
         return "+".join(sorted(set(self.node_ids)))
 
-    async def assume(self, role: Role, weights: WeightsParams | None) -> Role | Failed:
+    async def assume(self, role: Role, weights: WeightsParams | None, memory: Memory) -> Role | Failed:
         """Have the role's models loaded, by all members for the role of segments."""
-        answers = await self._all([member.assume.remote(role, weights) for member in self._working(role == "chain")])
+        working = self._working(role == "chain")
+        answers = await self._all([member.assume.remote(role, weights, memory) for member in working])
         return answers if isinstance(answers, Failed) else role
 
     async def serve(self, store_url: str, checkpoint_path: str) -> Failed | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.job import RenderJob
-from cluster.orchestrator import Member, Orchestrator
+from cluster.orchestrator import Member, Orchestrator, with_precision, without_precision
 from pipeline import events as ev
 from pipeline.errors import LongtakeError
 from pipeline.farm import Grant, Load, Needs
@@ -82,8 +82,10 @@ class FarmedRender(Orchestrator):
         return {role: self._load_of(role) for role in ev.ALL_ROLES}
 
     def numerics(self) -> Mapping[str, Any] | None:
-        """The record that the film is pinned to. None: nothing is pinned yet, or mixing was allowed."""
-        return None if self._job.allow_mixed else self._numerics
+        """The record that the film is pinned to, as far as it is the workers'. None: nothing is pinned yet, or mixing
+        was allowed.
+        """
+        return None if self._job.allow_mixed else without_precision(self._numerics)
 
     def expect(self, grant: Grant) -> None:
         """A worker is on its way for this grant; `lend` or `unexpect` follows."""
@@ -146,9 +148,10 @@ class FarmedRender(Orchestrator):
         known = canonical_json(numerics)
         if known not in self._pinned:
             allow_mixed = self._job.allow_mixed
-            mixed = await self._io_call(lambda: self._ledger.pin_numerics(numerics, allow_mixed=allow_mixed))
+            record = with_precision(numerics, self._memory)
+            mixed = await self._io_call(lambda: self._ledger.pin_numerics(record, allow_mixed=allow_mixed))
             self._pinned.add(known)
-            self._numerics = self._numerics or numerics
+            self._numerics = self._numerics or record
             for difference in mixed:
                 self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
 
@@ -219,4 +222,6 @@ class FarmedRender(Orchestrator):
     def _load_of(self, role: Role) -> Load:
         weights = self._weights.get(role)
         digest = self._job.recipe.facts.checkpoint.digest
-        return Load(digest, role, canonical_json(weights) if weights is not None else "")
+        if weights is None:
+            return Load(digest, role)
+        return Load(digest, role, canonical_json([weights, self._memory.model_dump()]))

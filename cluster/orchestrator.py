@@ -39,6 +39,7 @@ from pipeline.params import WeightsParams
 from pipeline.plan import Plan
 from pipeline.report import RenderState
 from pipeline.requests import Request, mark_taken, new_requests
+from pipeline.spec import Memory
 from pipeline.store import open_store
 from pipeline.store_meter import Meter, MeteredStore
 from pipeline.story import log_path
@@ -106,6 +107,7 @@ class Orchestrator:
         self._commits: dict[str, CommitRecord] = {}
         self._machine: Machine | None = None
         self._weights: Mapping[str, WeightsParams] = {}
+        self._memory = job.recipe.spec.memory
         self._started = 0
         self._failed_starts = 0
         self._replan_wanted = False
@@ -180,7 +182,8 @@ class Orchestrator:
 
     def _hire(self, plan: Plan) -> None:
         left = sum(task_id not in self._commits for task_id in plan.tasks)
-        self._story.tell("started", tasks=len(plan.tasks), left=left, **asdict(self._job.placement))
+        how = {"precision": self._memory.precision, **asdict(self._job.placement)}
+        self._story.tell("started", tasks=len(plan.tasks), left=left, **how)
         for size in self._job.placement.crews:
             self._spawn(self._start_worker(size))
 
@@ -300,7 +303,8 @@ class Orchestrator:
         self._put(ev.WorkerJoined(time.monotonic(), *about, roles=roles, host=first.host))
 
     def _pin(self, greeting: Greeting) -> tuple[str, ...]:
-        return self._ledger.pin_numerics(greeting.numerics, allow_mixed=self._job.allow_mixed)
+        numerics = with_precision(greeting.numerics, self._memory)
+        return self._ledger.pin_numerics(numerics, allow_mixed=self._job.allow_mixed)
 
     async def _wait_for_place(self, worker_id: str, size: int) -> None:
         """A cluster that has lost machines may have no place for a worker for hours: nobody's failure."""
@@ -322,7 +326,7 @@ class Orchestrator:
 
     async def _assign(self, member: Member, role: Role) -> None:
         self._story.tell("role", worker=member.worker_id, role=role)
-        answer = await self._ask(member, member.door.assume(role, self._weights.get(role)))
+        answer = await self._ask(member, member.door.assume(role, self._weights.get(role), self._memory))
         if isinstance(answer, Failed):
             # The machine has a worker replaced that could not take its role.
             self._put(ev.RoleFailed(time.monotonic(), member.worker_id, role, answer.fault))
@@ -567,6 +571,16 @@ def lost_worker(now_s: float, member: Member, error: BaseException) -> ev.Worker
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     node_lost = not alive.issuperset(member.door.node_ids)
     return ev.WorkerLost(now_s, member.worker_id, first_line(error), node_lost)
+
+
+def with_precision(numerics: Mapping[str, Any], memory: Memory) -> dict[str, Any]:
+    """A worker's numerics record with what the render has made of the weights."""
+    return {**numerics, "precision": memory.precision}
+
+
+def without_precision(numerics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The worker's part of a render's numerics record."""
+    return None if numerics is None else {name: numerics[name] for name in numerics if name != "precision"}
 
 
 def first_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from pipeline.facts import CheckpointFacts
 from pipeline.media_child import find_ffmpeg
 from pipeline.media_encode import choose_encoder
 from pipeline.plan import Plan
+from pipeline.spec import Memory
 from pipeline.store import Store
 from pipeline.tasks import RECIPE_VERSION, Task
 from pipeline.times import format_bytes
@@ -33,6 +34,7 @@ PROBE_FILE = "logs/probe"
 def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Sequence[Task], gang_size: int) -> None:
     """Raise the first problem that would stop the render later. `left`: tasks that will be run."""
     check_gang(Path(recipe.facts.checkpoint.path), gang_size)
+    check_precision(Path(recipe.facts.checkpoint.path), recipe.spec.memory)
     choose_encoder(recipe.spec.output.codec, find_ffmpeg(os.environ.get("LONGTAKE_FFMPEG")))
     check_writable(Path(plan.output_path))
     check_store(store)
@@ -75,6 +77,15 @@ def check_gang(folder: Path, size: int) -> None:
             remedy = f"Its members share them out evenly: {fitting} are possible."
             message = f"does not divide the checkpoint's {heads} attention heads"
             raise SettingError(message, field="--gang", value=size, remedy=remedy)
+
+
+def check_precision(folder: Path, memory: Memory) -> None:
+    """Whether the checkpoint's weights can become what is asked for. Raises SettingError."""
+    roles = [folder, *folder.glob("roles/*")]
+    is_int8 = any((part / "base_model_int8").is_dir() and not (part / "dit").is_dir() for part in roles)
+    if memory.precision == "fp8" and is_int8:
+        remedy = "Write stored or int8, or name the checkpoint that was not converted to int8."
+        raise SettingError("the weights are int8 already", field="memory.precision", value="fp8", remedy=remedy)
 
 
 def _attention_heads(folder: Path) -> list[int]:

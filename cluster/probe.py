@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 
 import model
 from cluster.paces import find_pace
+from model.config import DiTConfig, VAEConfig
 from model.digest import digest
 from model.errors import CheckpointError
 from pipeline.errors import CheckpointFault, InputFileError, SettingError
@@ -19,12 +21,15 @@ from pipeline.facts import CheckpointFacts, Facts, MediaFacts, load_render_facts
 from pipeline.media_child import Ffmpeg, find_ffmpeg
 from pipeline.media_film import read_recipe
 from pipeline.media_read import probe
+from pipeline.memory import NetworkSizes
 from pipeline.spec import Storyboard, load_spec, parse_spec
 
 CHUNK_BYTES = 1 << 20
 OFFICIAL = "meituan-longcat/LongCat-Video"
 UNKNOWN_DIGEST = "0" * 64
 """Of a checkpoint that is planned for without being here."""
+DIT_FOLDERS = ("dit", "base_model_int8", "roles/*/dit", "roles/*/base_model_int8")
+LARGEST_HEADER_BYTES = 1 << 26
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILM_SUFFIXES = (".mp4", ".mov", ".mkv")
 
@@ -77,6 +82,48 @@ def find_checkpoint(name: str) -> Path:
     if _HUB_ID.fullmatch(name):
         remedy = f"Name a checkpoint folder or `pocket`, or fetch it: longtake checkpoint pull {name}"
     raise CheckpointFault("no such folder", field="checkpoint", value=name, remedy=remedy)
+
+
+def network_sizes(folder: str) -> NetworkSizes:
+    """The sizes of a checkpoint's networks, from its config files and the headers of its weights; the official ones for
+    a checkpoint that is not here ("")."""
+    if not folder:
+        return NetworkSizes()
+    root = Path(folder)
+    try:
+        part = next(part for name in DIT_FOLDERS for part in sorted(root.glob(name)) if part.is_dir())
+        dit, vae = DiTConfig.from_json(part / "config.json"), VAEConfig.from_json(root / "vae" / "config.json")
+        return NetworkSizes(
+            width=dit.hidden_size,
+            depth=dit.depth,
+            heads=dit.num_heads,
+            ffn=dit.ffn_dim,
+            caption=dit.caption_channels,
+            timestep=dit.adaln_tembed_dim,
+            frequencies=dit.frequency_embedding_size,
+            channels=dit.out_channels,
+            patch=dit.patch_size[1],
+            is_int8=part.name == "base_model_int8",
+            text_weights=_count_numbers(root / "text_encoder"),
+            vae_weights=_count_numbers(root / "vae"),
+            vae_width=vae.base_dim,
+        )
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        message = f"its networks have no readable sizes: {error}"
+        raise CheckpointFault(message, field="checkpoint", value=folder) from error
+
+
+def _count_numbers(part: Path) -> int:
+    """How many numbers the safetensors files of a folder hold, by their headers."""
+    count = 0
+    for path in sorted(part.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_HEADER_BYTES:
+                raise ValueError(f"{path} is no safetensors file")
+            header = json.loads(file.read(length))
+        count += sum(math.prod(header[name]["shape"]) for name in header if name != "__metadata__")
+    return count
 
 
 def hub_folder(name: str) -> Path:

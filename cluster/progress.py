@@ -94,7 +94,8 @@ def event_text(event: dict[str, Any]) -> str | None:
     """The line a person is shown for an event, or None where progress says it already."""
     match event["event"]:
         case "started":
-            precision = f"{event['device']}, {event['dtype']}, {event['threads']} thread(s) each"
+            weights = "" if event["precision"] == "stored" else f", weights {event['precision']}"
+            precision = f"{event['device']}, {event['dtype']}{weights}, {event['threads']} thread(s) each"
             todo = f"{event['left']} of {event['tasks']} tasks to do"
             return f"{todo}, {event['workers']} worker(s) on {precision}"
         case "failed":

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -73,6 +73,8 @@ class RenderRequest:
     deadline_s: float | None = None
     checkpoint: str | None = None
     """In the place of the storyboard's."""
+    memory: Mapping[str, str] = field(default_factory=dict)
+    """Fields of the storyboard's `memory` to put in the place of its own."""
     gpu_type: str | None = None
     """Of the workers that the plan's times are for; None: this machine's."""
     plan_only: bool = False
@@ -121,6 +123,7 @@ def prepare(request: RenderRequest) -> Prepared:
     spec = load_storyboard(request.storyboard)
     if request.checkpoint is not None:
         spec = spec.model_copy(update={"checkpoint": request.checkpoint})
+    spec = spec.model_copy(update={"memory": spec.memory.model_copy(update=dict(request.memory))})
     device = guess_device(request.device)
     store = open_store(request.store or default_store(spec, request.storyboard))
     recipe = Recipe(

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.outlook import Cluster, look_ahead
 from cluster.places import open_render
-from cluster.probe import UNKNOWN_DIGEST
+from cluster.probe import UNKNOWN_DIGEST, network_sizes
 from cluster.progress import PHASES, format_seconds
 from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import Prepared, RenderRequest, prepare
@@ -22,6 +22,7 @@ from pipeline.changes import reasons
 from pipeline.errors import LongtakeError, SettingError, UserError
 from pipeline.lease import lives, this_process
 from pipeline.ledger import Ledger, LedgerState, Verification
+from pipeline.memory import LEAST, RoleMemory, needs, too_small
 from pipeline.plan import Plan
 from pipeline.redo import describe_redo
 from pipeline.store import Store
@@ -30,20 +31,22 @@ from pipeline.tasks import RECIPE_VERSION, Task
 from pipeline.times import format_bytes
 
 
-def print_plan(request: RenderRequest, cluster: Cluster | None = None) -> int:
-    """Every task of the render, what is committed already, what will be made and why, time, space and, on a `cluster`,
-    cost.
+def print_plan(request: RenderRequest, cluster: Cluster | None = None, card_gb: float | None = None) -> int:
+    """Every task of the render, what is committed already, what will be made and why, memory, time, space and, on a
+    `cluster`, cost. `card_gb`: of the cards to compare the memory with.
     """
     prepared = prepare(request)
     outlook = look_ahead(prepared.plan, prepared.state.commits, prepared.recipe.facts.pace, cluster)
     plan, left = prepared.plan, prepared.left
     done = _done(plan, prepared.state)
     why = reasons(plan.tasks, prepared.state, *_rendered_before(prepared))
+    memory, warnings = _memory(prepared, card_gb)
     needed_bytes, free_bytes = plan.estimate.needed_bytes(left), prepared.store.free_bytes()
     if request.as_json:
         redo = None if prepared.redo is None else asdict(prepared.redo)
         space = {"needed_bytes": needed_bytes if left else 0, "free_bytes": free_bytes}
         extra = {"committed": sorted(done), "to_do": why, "redo": redo, "space": space}
+        extra["memory"] = {"roles": [asdict(role) for role in memory], "too_small": warnings}
         print(json.dumps({**plan.to_json(), "store": prepared.store.url, **extra, "outlook": outlook.to_json()}))
         return 0
     print(plan.describe())
@@ -56,11 +59,24 @@ def print_plan(request: RenderRequest, cluster: Cluster | None = None) -> int:
         print(f"{len(done)} of {len(plan.tasks)} tasks are committed in {prepared.store.url}, ", end="")
         print(f"{format_seconds(left_s)} of work left")
         _print_reasons(plan, why)
+    print("memory of each role on a GPU, in bf16 (estimated, unmeasured):")
+    print("\n".join([f"  {role.describe()}" for role in memory] + [f"warning: {text}" for text in warnings]))
     if left:
         print("\n".join(outlook.describe()))
         free = "" if free_bytes is None else f", {format_bytes(free_bytes)} are free"
         print(f"space: {format_bytes(needed_bytes)} are needed{free} in {prepared.store.url}")
     return 0
+
+
+def _memory(prepared: Prepared, card_gb: float | None) -> tuple[tuple[RoleMemory, ...], list[str]]:
+    """What each role of the plan needs, and what to say of cards on which that is too much."""
+    checkpoint, memory = prepared.recipe.facts.checkpoint, prepared.recipe.spec.memory
+    sizes, tasks = network_sizes(checkpoint.path), prepared.plan.tasks.values()
+    found = needs(tasks, sizes, checkpoint.render, memory)
+    if card_gb is None:
+        return found, []
+    least = {role.role: role for role in needs(tasks, sizes, checkpoint.render, LEAST)}
+    return found, too_small(found, least, round(card_gb * 1e9))
 
 
 def _rendered_before(prepared: Prepared) -> tuple[Mapping[str, Task] | None, int]:

@@ -31,6 +31,7 @@ from cluster.worker_log import WorkerLog
 from pipeline.events import fault_of
 from pipeline.media_child import find_ffmpeg
 from pipeline.params import WeightsParams
+from pipeline.spec import Memory
 from pipeline.store import open_store
 from pipeline.store_meter import STORE_MEASURE, Meter, MeteredStore
 from pipeline.story import log_path
@@ -65,11 +66,11 @@ class Worker:
         """Import the libraries and say which ones they are."""
         return self._guarded(self._greet)
 
-    def assume(self, role: Role, weights: WeightsParams | None) -> Role | Failed:
+    def assume(self, role: Role, weights: WeightsParams | None, memory: Memory) -> Role | Failed:
         """Let the present role's models go and load those of `role`; `weights` say which, for roles with a
-        DiT.
+        DiT, and `memory` how they are kept.
         """
-        return self._guarded(lambda: self._assume(role, weights))
+        return self._guarded(lambda: self._assume(role, weights, memory))
 
     def open_meeting(self) -> str | Failed:
         """Of a gang's first member: where the others meet it."""
@@ -166,7 +167,7 @@ class Worker:
         self._gang = join_gang(rank, settings.gang_size, self._meeting or address, settings.device)
         return rank
 
-    def _assume(self, role: Role, weights: WeightsParams | None) -> Role:
+    def _assume(self, role: Role, weights: WeightsParams | None, memory: Memory) -> Role:
         from actors import make_actor
 
         if self._actor is not None:
@@ -174,11 +175,11 @@ class Worker:
             self._actor = None
             gc.collect()
         actor = make_actor(role)
-        actor.setup(self._context(role, weights))
+        actor.setup(self._context(role, weights, memory))
         self._actor = actor
         return role
 
-    def _context(self, role: Role, weights: WeightsParams | None) -> ActorContext:
+    def _context(self, role: Role, weights: WeightsParams | None, memory: Memory) -> ActorContext:
         import torch
 
         from actors.base import ActorContext
@@ -194,6 +195,7 @@ class Worker:
             ffmpeg=find_ffmpeg(settings.ffmpeg),
             encoder_threads=settings.encoder_threads,
             scratch_path=self._scratch_path,
+            memory=memory,
             gang=self._gang if role == "chain" else None,
             stop=self._stop,
             report=self._report,

@@ -2,7 +2,8 @@
 
 Each kernel is first compared with fp64 on random inputs, its output poisoned beforehand, beside the same
 computation in eager bf16. A kernel whose error is above twice eager bf16's gets no speed, and the command
-fails. Ratios compare times of one run on one card.
+fails. Ratios compare times of one run on one card. `python -m model.bench --size full` prints these rows and those of
+the whole network.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import importlib.util
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ HEADS, SIZE, WIDTH, INNER = 32, 128, 4096, 11008
 TOKENS_480P, TOKENS_720P = 24 * 30 * 52, 48 * 44 * 80
 SPARSITY, BLOCK = 0.9375, 64
 ALLOWED_ERROR_RATIO = 2.0
+LEAST_CAPABILITY = (8, 0)
 _CHECKED_ROWS = 64
 
 
@@ -345,27 +348,70 @@ def linear_rows() -> Iterator[Row]:
         yield Row(what, f"{time * 1e3:.2f} ms, {plain / time:.2f} x bf16's speed; {accuracy.text()}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("attention", "rows", "linear"), help="only this part")
-    arguments = parser.parse_args()
+PARTS: Mapping[str, Callable[[], Iterator[Row]]] = {
+    "attention": attention_rows,
+    "rows": row_rows,
+    "linear": linear_rows,
+}
+
+
+def rows(only: str | None = None) -> Iterator[Row]:
+    """The rows of all parts of the table, or of one."""
+    for name, part in PARTS.items():
+        if only in (None, name):
+            yield from guarded(name, part())
+
+
+def guarded(what: str, part: Iterator[Row]) -> Iterator[Row]:
+    """The rows of a part; the last one says why there are no more, if it ends in an error."""
+    try:
+        yield from part
+    except Exception as error:
+        # Whatever it is, out of memory or a kernel that does not compile, must not cost the other parts their rows.
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        yield Row(what, f"failed: {type(error).__name__}: {first_line[:200]}", met=False)
+
+
+def lacking() -> str | None:
+    """Why nothing can be measured here; None where it can."""
     if not torch.cuda.is_available():
-        print("kernels.bench needs a CUDA GPU and found none: nothing was measured", file=sys.stderr)
-        return 2
+        return "needs a CUDA GPU and found none"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed"
+    found = torch.cuda.get_device_capability()
+    if found < LEAST_CAPABILITY:
+        return f"needs a GPU of compute capability 8.0 or more and found {found[0]}.{found[1]}"
+    return None
+
+
+def print_table(command: str, table: Iterator[Row]) -> int:
+    """Print a line about chip, versions, date and command, and the table; 1 if anything was refused or failed."""
     import triton
 
     torch.backends.cuda.matmul.allow_tf32 = False
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, ", end="")
-    print(f"CUDA {torch.version.cuda}, {datetime.date.today()}, `python -m kernels.bench`")
+    print(f"CUDA {torch.version.cuda}, {datetime.date.today()}, `{command}`")
     print("| what | result | target | |\n|---|---|---|---|")
-    parts = {"attention": attention_rows, "rows": row_rows, "linear": linear_rows}
     missed = False
-    for name, part in parts.items():
-        if arguments.only in (None, name):
-            for row in part():
-                print(row.text(), flush=True)
-                missed |= row.result.startswith("refused")
+    for row in table:
+        print(row.text(), flush=True)
+        missed |= row.result.startswith(("refused", "failed"))
     return 1 if missed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", choices=tuple(PARTS), help="only this part")
+    arguments = parser.parse_args()
+    if reason := lacking():
+        print(f"kernels.bench {reason}: nothing was measured", file=sys.stderr)
+        return 2
+    only = f" --only {arguments.only}" if arguments.only else ""
+    return print_table(f"python -m kernels.bench{only}", rows(arguments.only))
 
 
 if __name__ == "__main__":

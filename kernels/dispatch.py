@@ -1,4 +1,5 @@
-"""Where the Triton kernels run: on CUDA, and on any device in Triton's interpreter (TRITON_INTERPRET=1).
+"""Where the Triton kernels run: on CUDA, and on any device in Triton's interpreter (TRITON_INTERPRET=1). On the meta
+device nothing runs; there a call has the results, in shape and size, that it has on CUDA.
 
 Everything here can be traced by torch.compile, so that the choice between a kernel and its reference breaks no
 graph.
@@ -33,7 +34,7 @@ def takes_kernel(*tensors: Tensor | None, makes: torch.dtype | None = None) -> b
         return False  # the interpreter forgets the carry where rounding reaches the next power of two
     present = [tensor for tensor in tensors if tensor is not None]
     x = present[0]
-    if not (_FOUND and (x.is_cuda or INTERPRETED) and x.dtype in _TYPES):
+    if not (_FOUND and (x.is_cuda or x.is_meta or INTERPRETED) and x.dtype in _TYPES):
         return False
     return all(tensor.stride(-1) == 1 for tensor in present)
 
@@ -44,8 +45,8 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
 
 
 def capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability of the device of x; what the newest card has, in the interpreter."""
-    if INTERPRETED:
+    """Compute capability of the device of x; what a Hopper card has, in the interpreter and on the meta device."""
+    if INTERPRETED or x.is_meta:
         return (9, 0)
     properties = torch.cuda.get_device_properties(x.device)
     return properties.major, properties.minor

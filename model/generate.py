@@ -25,7 +25,7 @@ from torch import Tensor
 from model.dit import Attention, DiT
 from model.errors import InputError
 from model.noise import draw_noise
-from model.offload import set_aside
+from model.offload import Turns
 from model.pixels import decode_frames, encode_frames, encode_resampled
 from model.sampling import OnStep, Schedule, TextCondition, denoise
 from model.vae import VAE
@@ -51,15 +51,15 @@ _REFINE_GRANULARITY = 4
 class Models:
     """The networks of a role, and where and in which type they run.
 
-    For cards with little memory, without any change of results: `vae_on_host` keeps the VAE in host memory while the
-    DiT denoises, `cache_on_host` what it keeps of the conditions.
+    For cards with little memory, without any change of results: with `turns` DiT and VAE are on the device one after
+    the other, and `cache_on_host` keeps in host memory what the DiT remembers of the conditions.
     """
 
     dit: DiT
     vae: VAE
     device: torch.device
     dtype: torch.dtype
-    vae_on_host: bool = False
+    turns: Turns | None = None
     cache_on_host: bool = False
 
 
@@ -230,7 +230,7 @@ def _denoise(
     guidance: float,
     num_cond_latents: int,
 ) -> Tensor:
-    with set_aside(models.vae) if models.vae_on_host else nullcontext():
+    with models.turns.denoising() if models.turns else nullcontext():
         return denoise(
             models.dit,
             latents,

@@ -47,7 +47,8 @@ class Load:
     """Digest of the checkpoint folder."""
     role: Role
     weights: str = ""
-    """What is merged into the weights and how they attend, in one string; empty for roles without a DiT."""
+    """What is merged into the weights, how they attend and how they are kept, in one string; empty for roles without
+    a DiT."""
 
 
 @dataclass(frozen=True)

@@ -149,14 +149,19 @@ class Verification:
     """Commits that do not count because of them, what depends on them included."""
 
 
+_UNSAID = {"precision": "stored"}
+"""What a record means that was written before it had the field."""
+
+
 def compare_numerics(pinned: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[str, ...]:
     """The differences in words, `torch: 2.12.1, now 2.13.0`; empty if there are none."""
-    names = sorted({*pinned, *current})
-    return tuple(
-        f"{name}: {pinned.get(name, 'nothing')}, now {current.get(name, 'nothing')}"
-        for name in names
-        if pinned.get(name) != current.get(name)
-    )
+    differences = []
+    for name in sorted({*pinned, *current}):
+        unsaid = _UNSAID.get(name, "nothing")
+        was, now = pinned.get(name, unsaid), current.get(name, unsaid)
+        if was != now:
+            differences.append(f"{name}: {was}, now {now}")
+    return tuple(differences)
 
 
 def commit_path(task_id: str, generation: int = 1) -> str:

@@ -220,6 +220,20 @@ class Output(_Strict):
         return suffix or CODECS[self.codec].containers[0]
 
 
+class Memory(_Strict):
+    """How much of a card's memory the transformer gets by with. Only `precision` changes the film, and it belongs to
+    the numerics record; where things lie changes no bit.
+    """
+
+    precision: Literal["stored", "weight_only", "int8", "fp8"] = "stored"
+    """Of the transformer's Linears. `stored`: as in the checkpoint. `weight_only`: weights in int8, products as before.
+    `int8`, `fp8`: the large ones multiply in that type, too."""
+    networks: Literal["together", "in_turn"] = "together"
+    """Whether transformer and VAE are on the card together, or each waits in host memory while the other one works."""
+    condition_cache: Literal["card", "host"] = "card"
+    """Where keys and values of the given frames are kept between steps."""
+
+
 class Storyboard(_Strict):
     """A film as ordered."""
 
@@ -232,6 +246,7 @@ class Storyboard(_Strict):
     loras: list[Lora] = Field(default=[], max_length=16)
     look: _Text = ""
     """Text joined to each prompt."""
+    memory: Memory = Memory()
     shots: list[Shot] = Field(min_length=1, max_length=10_000)
     output: Output = Output()
 
@@ -363,6 +378,7 @@ _MODELS: Mapping[str, type[BaseModel]] = {
     "prompt": PromptAt,
     "frame_of": FrameOf,
     "transition": Transition,
+    "memory": Memory,
     "output": Output,
 }
 
@@ -511,6 +527,8 @@ def _output_problems(output: Output) -> list[SpecError]:
 
 def recipe_text(spec: Storyboard, versions: Mapping[str, str]) -> str:
     """The recipe a film carries in its metadata, one line of JSON: `spec` (what `parse_spec` reads), `seed`
-    and `versions` of the software. No times, so that the same film has the same bytes."""
-    recipe = {"spec": spec.as_written(), "seed": spec.seed, "versions": dict(versions)}
+    and `versions` of the software. No times, and of `memory` only what the film depends on, so that the same film has
+    the same bytes."""
+    shown = spec.model_copy(update={"memory": Memory(precision=spec.memory.precision)})
+    recipe = {"spec": shown.as_written(), "seed": spec.seed, "versions": dict(versions)}
     return json.dumps(recipe, sort_keys=True, ensure_ascii=False)

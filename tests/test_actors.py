@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from actors import make_actor
 from actors.base import ActorContext, mapped_errors
+from actors.denoising import load_models
 from actors.frames import blend, merged_latents, piece_frames
 from cluster.probe import probe_facts
 from cluster.recipe import Recipe, make_plan
@@ -39,7 +40,7 @@ from pipeline.errors import (
 from pipeline.facts import CheckpointFacts, Facts, MediaFacts, load_render_facts
 from pipeline.media import FrameEncoder, find_ffmpeg, probe, verify_video
 from pipeline.plan import Plan
-from pipeline.spec import Storyboard, parse_spec
+from pipeline.spec import Memory, Storyboard, parse_spec
 from pipeline.store import LocalStore, open_store
 from pipeline.tasks import ArtifactFile, Order, Produced, Role, Task
 
@@ -341,6 +342,38 @@ def test_an_image_shot_starts_from_the_image(tmp_path: Path, tiny_checkpoint: Pa
     assert frames[0, 5, 5].tolist() == [200, 30, 60]
     studio.run_all("segment")
     assert studio.tensors(studio.of("segment")[0].id)["latents"].shape == (16, 24, 4, 8)
+
+
+IN_HOST = Memory(networks="in_turn", condition_cache="host")
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Studio:
+    """A film whose second window is conditioned on the first, rendered up to its windows."""
+    made = Studio(tmp_path_factory.mktemp("chained"), tiny_checkpoint, {**SPEC, "refinement": "chained"})
+    made.run_all("text", "segment", "window")
+    return made
+
+
+@pytest.mark.parametrize("kind", ["segment", "window"])
+def test_where_networks_and_conditions_lie_changes_no_byte(chained: Studio, kind: str) -> None:
+    conditioned = chained.of(kind)[1]
+    again = chained.run(conditioned, memory=IN_HOST)
+    assert [file.sha256 for file in again.files] == [file.sha256 for file in chained.done[conditioned.id].files]
+    context = chained.context(conditioned.role, memory=IN_HOST)
+    assert context.weights is not None
+    models = load_models(context, context.weights)
+    assert models.turns is not None and models.cache_on_host
+
+
+@pytest.mark.parametrize("precision", ["weight_only", "int8", "fp8"])
+def test_precision_changes_a_segment_by_rounding_alone(studio: Studio, precision: Any) -> None:
+    first = studio.of("segment")[0]
+    as_stored = studio.tensors(first.id)["latents"]
+    made = studio.run(first, memory=Memory(precision=precision))
+    latents = load_file(studio.store.open_local(made.files[0], studio.scratch / precision))["latents"]
+    error = (latents - as_stored).square().mean().sqrt() / as_stored.std()
+    assert 0 < error < (0.05 if precision == "fp8" else 0.02)
 
 
 def test_a_missing_lora_file_is_a_checkpoint_fault(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -17,6 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cluster.cli import main
+from cluster.preflight import check_precision
+from cluster.probe import OFFICIAL
+from pipeline.errors import SettingError
+from pipeline.spec import Memory
 from tests.tiny_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +124,53 @@ def test_flags_that_mean_nothing_are_named_before_anything_runs(
     assert main(["render", write(storyboard(tiny_checkpoint)), *flags]) == 2
     assert field in capsys.readouterr().err
     assert not Path("renders").exists()
+
+
+def test_plan_says_what_memory_each_role_needs_and_what_helps_a_small_card(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film = write(storyboard(OFFICIAL))
+    assert main(["plan", film, "--card-gb", "24"]) == 0
+    text = capsys.readouterr().out
+    assert "estimated, unmeasured" in text
+    assert "refine: card 38.2 GB, host 0.0 GB (weights 27.2" in text
+    assert "warning: refine does not fit on a card of 24 GB" in text
+    least = ["--precision", "weight_only", "--networks", "in_turn", "--condition-cache", "host"]
+    assert main(["plan", film, "--card-gb", "24", "--json", *least]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["too_small"] == []
+    assert {role["role"] for role in memory["roles"]} == {"text", "chain", "refine", "media"}
+
+
+def test_the_command_line_takes_what_the_storyboard_does(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = write(storyboard(OFFICIAL, memory={"precision": "weight_only"}))
+
+    def weights(*flags: str) -> int:
+        assert main(["plan", film, "--json", *flags]) == 0
+        roles = json.loads(capsys.readouterr().out)["memory"]["roles"]
+        return next(role["weights"] for role in roles if role["role"] == "chain")
+
+    assert weights("--networks", "in_turn") == weights() < weights("--precision", "stored") / 1.9
+    for name, field in Memory.model_fields.items():
+        for value in get_args(field.annotation):
+            weights(f"--{name.replace('_', '-')}", value)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "24GB"])
+def test_a_card_of_no_size_is_refused(here: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", write(storyboard(OFFICIAL)), f"--card-gb={size}"])
+    assert caught.value.code == 2
+    assert "no size of a card in GB, such as 24" in capsys.readouterr().err
+
+
+def test_int8_weights_cannot_become_fp8(tmp_path: Path) -> None:
+    (tmp_path / "roles/draft/base_model_int8").mkdir(parents=True)
+    with pytest.raises(SettingError, match=r"memory\.precision: the weights are int8 already"):
+        check_precision(tmp_path, Memory(precision="fp8"))
+    check_precision(tmp_path, Memory(precision="int8"))
+    (tmp_path / "roles/draft/base_model_int8").rename(tmp_path / "roles/draft/dit")
+    check_precision(tmp_path, Memory(precision="fp8"))
 
 
 def test_plan_says_what_space_is_needed_and_free(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from pathlib import Path
@@ -30,8 +31,9 @@ from model.generate import (
     refine_window,
 )
 from model.noise import draw_noise
+from model.offload import Turns
 from model.pixels import encode_frames, frames_to_video, resample_frames, video_to_frames
-from model.sampling import base_schedule, distilled_schedule, refinement_schedule
+from model.sampling import OnStep, base_schedule, distilled_schedule, refinement_schedule
 from model.vae import VAE
 
 DIT = DiTConfig(hidden_size=32, depth=1, num_heads=1, caption_channels=8, adaln_tembed_dim=16)
@@ -121,35 +123,49 @@ def test_a_continuation_is_the_same_whether_its_conditions_come_as_frames_or_as_
     assert torch.equal(generate_segment(models, segment(cond_latents=encode_frames(models.vae, frames))), by_frames)
 
 
+def owners(module: torch.nn.Module) -> list[weakref.ref[torch.UntypedStorage]]:
+    return [weakref.ref(tensor.untyped_storage()) for tensor in (*module.parameters(), *module.buffers())]
+
+
+def held(storages: list[weakref.ref[torch.UntypedStorage]]) -> bool:
+    """Whether the memory is in use: by all of them, or by none."""
+    (answer,) = {storage() is not None for storage in storages}
+    return answer
+
+
 @pytest.mark.parametrize("stage", ["segment", "window"])
-def test_vae_and_cache_in_host_memory_change_no_bit_and_do_leave_the_device(models, refiner, stage):
-    on_card = models if stage == "segment" else refiner
-    cond = {"cond_frames": random_frames(5)} if stage == "segment" else {}
-    make = (lambda m: generate_segment(m, segment(**cond, on_step=look))) if stage == "segment" else (
-        lambda m: refine_window(m, window(on_step=look)).latents
-    )
-    before = [weakref.ref(tensor.untyped_storage()) for tensor in models.vae.parameters()]
-    gone: list[bool] = []
+def test_networks_that_take_turns_leave_the_device_and_change_no_bit(models, refiner, stage):
+    def make(with_models: Models, on_step: OnStep | None) -> torch.Tensor:
+        if stage == "segment":
+            return generate_segment(with_models, segment(cond_frames=random_frames(5), on_step=on_step))
+        return refine_window(with_models, window(on_step=on_step)).latents
+
+    together = copy.deepcopy(models if stage == "segment" else refiner)
+    wanted = make(together, None)
+    device = torch.device("cpu")
+    turns = Turns(together.dit, together.vae, device)
+    in_turn = dataclasses.replace(together, turns=turns, cache_on_host=True)
+    resting = owners(in_turn.vae)
+    denoising: list[weakref.ref[torch.UntypedStorage]] = []
 
     def look(steps_done: int, latents: torch.Tensor) -> None:
-        gone.append(all(storage() is None for storage in before))
+        assert not held(resting), "the VAE is elsewhere while the transformer works"
+        denoising.extend(owners(in_turn.dit))
 
-    kept = make(on_card)
-    assert gone and not any(gone)
-    gone.clear()
-    assert torch.equal(make(dataclasses.replace(on_card, vae_on_host=True, cache_on_host=True)), kept)
-    assert gone and all(gone)
+    assert held(resting)
+    assert torch.equal(make(in_turn, look), wanted)
+    assert denoising and not held(denoising), "and the transformer afterwards"
 
 
-def test_vae_comes_back_when_denoising_is_stopped(models):
+def test_turns_end_when_denoising_is_stopped(models):
     def stop(steps_done: int, latents: torch.Tensor) -> None:
         raise Interrupted(steps_done, latents)
 
-    frames = random_frames(5)
-    before = encode_frames(models.vae, frames)
+    stopped = copy.deepcopy(models)
+    in_turn = dataclasses.replace(stopped, turns=Turns(stopped.dit, stopped.vae, torch.device("cpu")))
     with pytest.raises(Interrupted):
-        generate_segment(dataclasses.replace(models, vae_on_host=True), segment(on_step=stop))
-    assert torch.equal(encode_frames(models.vae, frames), before)
+        generate_segment(in_turn, segment(on_step=stop))
+    assert torch.equal(generate_segment(in_turn, segment()), generate_segment(models, segment()))
 
 
 def test_result_depends_on_seeds_text_and_conditions(models):

@@ -184,4 +184,32 @@ def test_benchmark_gives_no_speed_to_an_inexact_kernel(capsys):
 def test_benchmark_says_that_it_needs_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["kernels.bench"])
     assert bench.main() == 2
-    assert "nothing was measured" in capsys.readouterr().err
+    assert capsys.readouterr().err == "kernels.bench needs a CUDA GPU and found none: nothing was measured\n"
+
+
+def test_benchmark_says_that_a_gpu_is_too_old_or_triton_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert bench.lacking() == "needs a GPU of compute capability 8.0 or more and found 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert bench.lacking() is None
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert bench.lacking() == "needs Triton, which is not installed"
+
+
+def test_a_part_that_fails_costs_the_table_no_other_row_and_the_command_its_success(monkeypatch, capsys):
+    def broken():
+        yield bench.Row("first", "1 ms")
+        raise RuntimeError("does not compile\nat line 3")
+
+    monkeypatch.setattr(bench, "PARTS", {"broken": broken, "whole": lambda: iter([bench.Row("last", "2 ms")])})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert bench.print_table("a command", bench.rows()) == 1
+    head, *table = capsys.readouterr().out.splitlines()
+    assert head.startswith("a card, torch ") and head.endswith("`a command`")
+    assert table[2:] == [
+        "| first | 1 ms |  |  |",
+        "| broken | failed: RuntimeError: does not compile |  | missed |",
+        "| last | 2 ms |  |  |",
+    ]
+    assert bench.print_table("a command", bench.rows("whole")) == 0

@@ -492,6 +492,11 @@ def test_numerics_are_pinned_once_and_differences_are_named(store: LocalStore) -
     assert compare_numerics({"a": 1}, {"b": 2}) == ("a: 1, now nothing", "b: nothing, now 2")
 
 
+def test_a_record_from_before_there_was_a_precision_means_weights_as_stored() -> None:
+    assert compare_numerics({}, {"precision": "stored"}) == ()
+    assert compare_numerics({}, {"precision": "int8"}) == ("precision: stored, now int8",)
+
+
 def test_a_damaged_numerics_record_is_not_taken_for_equal(store: LocalStore) -> None:
     ledger = _ledger(store)
     ledger.pin_numerics({"torch": "2.12.1"})

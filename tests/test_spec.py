@@ -297,6 +297,29 @@ def test_a_recipe_holds_the_storyboard_and_no_time() -> None:
     assert recipe_text(spec, {}) == recipe_text(spec, {})
 
 
+def test_a_recipe_holds_of_memory_what_changes_the_film() -> None:
+    shots = {"shots": [SHOT]}
+    plain, in_turn, int8 = (
+        recipe_text(parse_spec(json.dumps({**shots, "memory": memory})), {})
+        for memory in ({}, {"networks": "in_turn", "condition_cache": "host"}, {"precision": "int8"})
+    )
+    assert in_turn == plain
+    assert json.loads(int8)["spec"]["memory"] == {"precision": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ({"precision": "int4"}, r"memory\.precision: is not a choice \(got 'int4'\)\. Write 'stored', 'weight_only'"),
+        ({"network": "in_turn"}, r"memory\.network: .*Did you mean `networks`\?"),
+        ("small", r"memory: .*Write `field: value` pairs"),
+    ],
+)
+def test_memory_is_checked_like_any_field(memory: object, said: str) -> None:
+    with pytest.raises(StoryboardError, match=said):
+        parse_spec(json.dumps({"shots": [SHOT], "memory": memory}))
+
+
 def test_media_paths_say_what_each_file_has_to_be() -> None:
     shots = [{**SHOT, "image": "a.png"}, {**SHOT, "video": "b.mp4"}, SHOT]
     spec = parse_spec(json.dumps({"shots": shots, "output": {"soundtrack": "c.wav"}}))
