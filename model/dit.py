@@ -402,7 +402,7 @@ class SelfAttention(nn.Module):
             here = slice(past + part.start, past + part.stop)
             part_q, q_means, own = self._project(_rows(x, part), layout.rotary[part], layout.means_block)
             if start == 0:
-                q, k, v = (_room(part_q, count) for count in (tokens, past + tokens, past + tokens))
+                q, k, v = _room(part_q, tokens), _room(part_q, past + tokens), _room(part_q, past + tokens)
             q[:, :, part], k[:, :, here], v[:, :, here] = part_q, own.keys, own.values
             if q_means is not None and own.means is not None:
                 means[0].append(q_means)

@@ -139,6 +139,19 @@ def test_many_tokens_are_computed_in_parts_with_the_same_result(cases, weights, 
     torch.testing.assert_close(out, whole, atol=ONE_FORWARD if products is None else 2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["dense", "block_sparse"])
+def test_parts_compile_as_one_graph(cases, weights, monkeypatch, attention):
+    monkeypatch.setattr(dit_module, "PART_TOKENS", 64)
+    model = build(weights, attention=attention)
+    x, text, mask = cases["model_bsa.x"], cases["dense.y"][:1], cases["dense.mask"][:1]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        call = (x[:, :, 4:], torch.tensor([400.0]), text, mask)
+        cache = model.build_cond_cache(x[:, :, :4])
+        wanted = model(*call, cond_cache=cache)
+        torch.testing.assert_close(compiled(*call, cond_cache=cache), wanted, atol=1e-5, rtol=0)
+
+
 def test_cache_holds_what_is_needed_and_nothing_beside_it(cases, dit):
     cache = dit.build_cond_cache(cases["kv.cond_x"])
     kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
