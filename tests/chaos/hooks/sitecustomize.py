@@ -181,8 +181,8 @@ def in_machine(module: types.ModuleType) -> None:
 
 
 def in_media_child(module: types.ModuleType) -> None:
-    limit_s = settings().get("ffmpeg_limit_s", module.LIMIT_S)
-    module.Child.__init__.__kwdefaults__["limit_s"] = limit_s
+    module.LIMIT_S = settings().get("ffmpeg_limit_s", module.LIMIT_S)
+    module.Child.__init__.__kwdefaults__["limit_s"] = module.LIMIT_S
 
 
 def in_numerics(module: types.ModuleType) -> None:
