@@ -118,9 +118,13 @@ class Run:
         lines = [json.dumps(event) for event in self.events if event["event"] != "progress"]
         return "\n".join([f"render, exit code {self.process.returncode}:", *lines[-40:], self.err])
 
-    def labels(self, event: str = "dispatched") -> Counter[str]:
+    def labels(self) -> Counter[str]:
         """How often each task was sent."""
-        return Counter(e["label"] for e in self.events if e["event"] == event)
+        return Counter(e["label"] for e in self.events if e["event"] == "dispatched")
+
+    def count(self, event: str) -> int:
+        """How many events of a kind there were so far."""
+        return sum(e["event"] == event for e in list(self.events))
 
 
 @dataclass
