@@ -39,8 +39,10 @@ def faults() -> dict:
         return {}
 
 
-running: dict[str, str] = {}
-"""What this process works on."""
+LABEL = "CHAOS_LABEL"
+"""The environment variable that says what a process works on: Ray sends a worker's class with these functions by value,
+so a variable of this module would be another one there.
+"""
 
 
 def settings() -> dict:
@@ -125,7 +127,7 @@ def in_worker(module: types.ModuleType) -> None:
     module.Worker._assume = wrapped_assume
 
     def wrapped(self, order):
-        running["label"] = order.task.label
+        os.environ[LABEL] = order.task.label
         reach("order", order.task.label)
         produced = run(self, order)
         reach("written", order.task.label)
@@ -149,7 +151,7 @@ def in_sampling(module: types.ModuleType) -> None:
 
     def wrapped(*arguments):
         prediction = predict(*arguments)
-        reach("predict", running.get("label", ""), prediction)
+        reach("predict", os.environ.get(LABEL, ""), prediction)
         return prediction
 
     module._predict = wrapped
