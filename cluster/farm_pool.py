@@ -24,7 +24,7 @@ from cluster.drain import draining_nodes
 from cluster.job import Failed, WorkerSettings
 from cluster.orchestrator import START_LIMIT_S, Member, first_line
 from cluster.placement import Placement
-from pipeline.farm import Lender
+from pipeline.farm import Growth, Lender
 from pipeline.tasks import content_id
 
 log = logging.getLogger("longtake.farm")
@@ -76,7 +76,7 @@ class Pool:
         self.hands: dict[str, Hand] = {}
         self.nodes: dict[str, Node] = {}
         self._started = 0
-        self._demand = 0
+        self._growth, self._demand = Growth(), 0
         self.problem = ""
         """Why the last worker that was started did not come; "" once one has."""
         self._failures: Counter[str] = Counter()
@@ -118,7 +118,8 @@ class Pool:
     def resize(self, wanted: int, most: int | None) -> None:
         """Have about `wanted` workers, at most `most`: start missing ones, end those idle for long."""
         wanted = wanted if most is None else min(wanted, most)
-        self._tell_autoscaler(wanted)
+        slots = sum(node.slots for node in self.nodes.values() if not node.draining)
+        self._tell_autoscaler(self._growth.ask(time.monotonic(), wanted, slots))
         staying = [hand for hand in self.hands.values() if not hand.lender.draining]
         for _ in range(wanted - len(staying)):
             if not self._start_one():

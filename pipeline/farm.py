@@ -424,3 +424,44 @@ def workers_wanted(queue: int, renders: Iterable[Borrower]) -> int:
         useful = max(now, sum(render.needs.ahead.values()), 1 if render.needs.work_s > 0 else 0)
         wanted += useful if render.most_workers is None else min(useful, render.most_workers)
     return wanted
+
+
+GROW_S = 15.0
+"""So long an autoscaler that has not moved is waited for: three of its looks."""
+
+
+@dataclass
+class Growth:
+    """How many workers an autoscaler is asked for at a time.
+
+    Ray's takes what it is asked for as one wish: if not all of it can ever be had, it starts nothing, and it does not
+    tell how far it may grow. So all is asked for; when nothing has come, for half as much more at a time; when that has
+    come, for twice as much more.
+    """
+
+    asked: int = 0
+    """All told; 0: nothing that is not there."""
+    more: int = 0
+    """At most so many beyond those that were there. 0: any number, nothing has been refused yet."""
+    slots: int = 0
+    since_s: float = 0.0
+    """Of the caller's clock: since when nothing has moved."""
+
+    def ask(self, now_s: float, wanted: int, slots: int) -> int:
+        """How many to ask for, all told, of the `wanted` ones while `slots` could be had now."""
+        if wanted <= slots:
+            self.asked = self.more = 0
+            return wanted
+        if not self.asked or slots > self.slots:
+            self.since_s = now_s
+        self.slots = slots
+        if now_s - self.since_s >= GROW_S:
+            self._limit(now_s, max(1, (self.more or wanted - slots) // 2))
+        elif not self.more:
+            self.asked = wanted
+        elif slots >= self.asked:
+            self._limit(now_s, self.more * 2)
+        return min(self.asked, wanted)
+
+    def _limit(self, now_s: float, more: int) -> None:
+        self.more, self.asked, self.since_s = more, self.slots + more, now_s

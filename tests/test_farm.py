@@ -29,7 +29,7 @@ from pipeline.events import (
     WorkerReady,
 )
 from pipeline.facts import CheckpointFacts, Facts
-from pipeline.farm import Borrower, Lender, Load, Needs, Queued, lend, open_next, workers_wanted
+from pipeline.farm import Borrower, Growth, Lender, Load, Needs, Queued, lend, open_next, workers_wanted
 from pipeline.ledger import LedgerState
 from pipeline.machine import Machine
 from pipeline.plan import plan_film
@@ -428,3 +428,24 @@ def test_what_is_left_shrinks_to_nothing_with_the_film() -> None:
     assert all(later <= earlier + 1e-9 for earlier, later in pairwise(rests))
     after = farm.machines["a"].needs()
     assert (after.path_s, round(after.work_s, 6), sum(after.ahead.values())) == (0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize(("most", "limit_s"), [(1000, 20.0), (64, 400.0), (2, 400.0)])
+def test_a_cluster_that_may_not_grow_to_all_that_is_wanted_grows_as_far_as_it_may(most: int, limit_s: float) -> None:
+    """An autoscaler that starts nothing if not all can be had, and a minute later what was asked for is there."""
+    growth, slots, coming = Growth(), 0, dict[float, int]()
+    for now_s in range(int(limit_s)):
+        slots = max([slots, *(count for at_s, count in coming.items() if at_s <= now_s)])
+        asked = growth.ask(now_s, 500, slots)
+        assert asked <= 500
+        if slots < asked <= most:
+            coming.setdefault(now_s + min(60.0, limit_s / 2), asked)
+    assert slots == min(most, 500)
+
+
+def test_what_is_asked_of_an_autoscaler_is_withdrawn_with_the_queue() -> None:
+    growth = Growth()
+    assert growth.ask(0.0, 8, 0) == 8
+    assert growth.ask(1.0, 3, 8) == 3
+    assert growth.ask(2.0, 0, 8) == 0
+    assert growth.ask(3.0, 9, 8) == 9
