@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import psutil
 import yaml
@@ -20,10 +20,10 @@ from pipeline.store import LocalStore
 from pipeline.submissions import SubmissionBook, SubmissionState
 from tests.chaos.stage import LIMIT_S, ROOT, until
 
+T = TypeVar("T")
 PRICE = 3.6
 """Of a worker and hour: 0.001 a second."""
 TITLES = ("late", "usual", "soon")
-PHASES_AT_REST = ("done", "paused", "cancelled", "failed")
 
 START = """
 import sys, ray
@@ -33,6 +33,18 @@ settings = FarmSettings(sys.argv[2], "cpu", "GPU", price_hour=float(sys.argv[3])
 ray.get(farm_actor(settings).hello.remote())
 """
 """`longtake farm start` takes GPUs for GPUs; these are names only, so their workers compute on the CPU."""
+
+
+def patiently(make: Callable[[], T]) -> T:
+    """Have Ray make a node: it gives each of its own 30 s to start, however busy the machine, so perhaps again."""
+    for _ in range(2):
+        try:
+            return make()
+        except Exception as error:
+            # Ray has no type of its own for this.
+            if "timed out during startup" not in str(error):
+                raise
+    return make()
 
 
 def write_film(folder: Path, checkpoint: Path, title: str) -> Path:
@@ -105,7 +117,7 @@ class FarmPlace:
     def rest(self, *render_ids: str, phase: str = "done") -> None:
         """Wait until the farm has nothing more to do with these, which must be in this phase then."""
         for render_id in render_ids:
-            until(lambda one=render_id: self.state(one).phase in PHASES_AT_REST, f"{render_id} rests")
+            until(lambda one=render_id: not self.state(one).is_open, f"{render_id} rests")
             assert self.state(render_id).phase == phase, self.state(render_id)
 
     def store(self, name: str) -> LocalStore:

@@ -23,6 +23,7 @@ from tests.chaos.farm_place import (
     events_of,
     farm_process,
     finish,
+    patiently,
     sha256_of,
     write_film,
 )
@@ -46,7 +47,7 @@ class Place(FarmPlace):
         return until(lambda: farm_process(raylet.pid), "the farm's process")  # type: ignore[no-any-return]
 
     def add_node(self) -> str:
-        return self.cluster.add_node(num_cpus=1, num_gpus=1).node_id  # type: ignore[no-any-return]
+        return patiently(lambda: self.cluster.add_node(num_cpus=1, num_gpus=1)).node_id  # type: ignore[no-any-return]
 
     @property
     def node_ids(self) -> list[str]:
@@ -65,7 +66,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
-        raylets = Cluster(initialize_head=True, head_node_args=head)
+        raylets = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         yield Place(folder, raylets)
         raylets.shutdown()
 
