@@ -120,9 +120,9 @@ def hold(label: str, is_over) -> None:
 def in_worker(module: types.ModuleType) -> None:
     run, assume = module.Worker._run, module.Worker._assume
 
-    def wrapped_assume(self, role, weights):
+    def wrapped_assume(self, role, *about):
         reach("role", role)
-        return assume(self, role, weights)
+        return assume(self, role, *about)
 
     module.Worker._assume = wrapped_assume
 
