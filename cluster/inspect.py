@@ -51,10 +51,10 @@ def inspect_render(store: Store, state: LedgerState, ffmpeg: Ffmpeg) -> tuple[In
         raise SettingError("this render has no film yet", field="RENDER", value=store.url, remedy=remedy)
     with tempfile.TemporaryDirectory(prefix="lt-inspect-") as folder:
         path = store.open_local(film.files[0], Path(folder))
-        return inspect_film(path, ffmpeg, _known_of(plan, state, recipe.spec.title)), film
+        return inspect_film(path, ffmpeg, known_of(plan, state, recipe.spec.title)), film
 
 
-def _known_of(plan: Plan, state: LedgerState, title: str) -> Known:
+def known_of(plan: Plan, state: LedgerState, title: str) -> Known:
     """What a render's plan and ledger tell about its film."""
     timings = [
         TaskTiming(task.kind, task.label or task.id, record.host, record.seconds, record.committed_at_s)

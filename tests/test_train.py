@@ -177,7 +177,7 @@ def test_psnr_inside_a_mask_counts_only_the_mask() -> None:
 
 def test_training_state_average_follows_the_weights() -> None:
     layer = torch.nn.Linear(2, 1)
-    training = Training(layer, Plan(steps=3, rate=0.1, final_rate=0.1, warmup_steps=0))
+    training = Training(layer, Plan(steps=3, rate=0.01, final_rate=0.01, warmup_steps=0))
     start = layer.weight.detach().clone()
     train(training, lambda step: layer(torch.ones(1, 2)).square().mean(), None, log=quiet)
     moved, followed = (layer.weight - start).norm(), (training.average["weight"] - start).norm()
