@@ -32,7 +32,7 @@ FRAMES = 90
 
 
 def storyboard(checkpoint: Path) -> dict[str, Any]:
-    """Two shots: one of two segments, one that fades in; 7 s and 1 s at 30 fps."""
+    """Two shots of one segment each, the second fades in; 2 s and 1.3 s at 30 fps."""
     return {
         "title": "Short",
         "seed": 5,

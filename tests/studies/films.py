@@ -24,13 +24,14 @@ from actors.denoising import make_schedule
 from model.checkpoint import load_text
 from model.digest import digest
 from model.evaluate import Wanted, wanted_films
-from model.generate import Models, load_models
+from model.generate import Models, SegmentRequest, generate_segment, load_models
 from model.sampling import Schedule, TextCondition
 from model.text import TextEncoder
 from pipeline.arithmetic import Grid, grid_of
 from pipeline.drift import measure_drift
 from pipeline.facts import Attention, LoraChoice, RenderFacts, load_render_facts
 from pipeline.measure import FilmMeter
+from pipeline.params import noise_seeds
 from pipeline.seams import Seam, score_seams, stand_out
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -101,6 +102,35 @@ def open_studio(folder: Path, dtype: str) -> Studio:
     """The checkpoint in `folder`, its networks in `dtype`."""
     text = load_text(folder, device="cpu", dtype=torch.float32)
     return Studio(folder, load_render_facts(folder), text, DTYPES[dtype])
+
+
+def chain_segment(
+    studio: Studio,
+    models: Models,
+    condition: TextCondition,
+    name: str,
+    index: int,
+    frames: Tensor | None = None,
+    latents: Tensor | None = None,
+) -> Tensor:
+    """Latents [16,T,H,W] of segment `index` of the chain `name`, as a render makes it: begun with `frames`, encoded,
+    and after them `latents` as they are.
+    """
+    grid = studio.grid
+    noise = {"seed": 0, "noise_id": name, "stage": "one", "first_latent": index * grid.new_latents, "redo": 0}
+    request = SegmentRequest(
+        text=condition.text[0],
+        text_mask=condition.mask[0],
+        height_px=studio.stage_one_px[0],
+        width_px=studio.stage_one_px[1],
+        segment_frames=grid.segment_frames,
+        noise_seeds=noise_seeds({**noise, "count": grid.segment_latents}),
+        schedule=studio.chain_schedule,
+        guidance=1.0,
+        cond_frames=frames,
+        cond_latents=latents,
+    )
+    return generate_segment(models, request)
 
 
 def films(count: int) -> list[Wanted]:

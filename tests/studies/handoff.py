@@ -25,17 +25,16 @@ from torch import Tensor
 
 from cluster.probe import find_checkpoint
 from model.evaluate import LAST_S, MEASURES, PIECE_S, Wanted
-from model.generate import Models, SegmentRequest, generate_segment
+from model.generate import Models
 from model.judge import look
 from model.pixels import encode_frames, video_to_frames
-from model.sampling import TextCondition
 from pipeline.measure import REFERENCE_S
-from pipeline.params import noise_seeds
 from tests.studies.films import (
     DTYPES,
     Result,
     Studio,
     cached,
+    chain_segment,
     drift_of,
     films,
     kept,
@@ -162,7 +161,8 @@ def chain(
 
         def make(before: Ended | None = ended, index: int = index) -> dict[str, Tensor]:
             given = None if before is None else hand_on(models, before, count)
-            x = _segment(studio, models, condition, name, index, given)
+            begins_with = None if given is None else given[0]
+            x = chain_segment(studio, models, condition, name, index, latents=begins_with)[None]
             video = decode(models, x)
             reference = before.colours if before else colours_of(video[:, :, :reference_frames])
             return {
@@ -177,35 +177,6 @@ def chain(
         new = done["new"][:frames]
         yield new
         frames, index = frames - len(new), index + 1
-
-
-def _segment(
-    studio: Studio, models: Models, condition: TextCondition, name: str, index: int, given: Tensor | None
-) -> Tensor:
-    """Latents [1,16,T,H,W] of one segment that begins with the latents `given`."""
-    grid = studio.grid
-    seeds = noise_seeds(
-        {
-            "seed": 0,
-            "noise_id": name,
-            "stage": "one",
-            "first_latent": index * grid.new_latents,
-            "count": grid.segment_latents,
-            "redo": 0,
-        }
-    )
-    request = SegmentRequest(
-        text=condition.text[0],
-        text_mask=condition.mask[0],
-        height_px=studio.stage_one_px[0],
-        width_px=studio.stage_one_px[1],
-        segment_frames=grid.segment_frames,
-        noise_seeds=seeds,
-        schedule=studio.chain_schedule,
-        guidance=1.0,
-        cond_latents=None if given is None else given[0],
-    )
-    return generate_segment(models, request)[None]
 
 
 def decode(models: Models, x: Tensor) -> Tensor:

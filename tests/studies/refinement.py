@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cluster.probe import find_checkpoint
-from model.generate import Models, SegmentRequest, decode_frames, generate_segment, mix_noise
+from model.generate import Models, decode_frames, mix_noise
 from model.noise import draw_noise
 from model.pixels import encode_frames, encode_resampled
 from model.sampling import Schedule, denoise
@@ -35,6 +35,7 @@ from tests.studies.films import (
     Result,
     Studio,
     cached,
+    chain_segment,
     drift_of,
     films,
     kept,
@@ -316,20 +317,9 @@ def stage_one_film(studio: Studio, models: Models, prompt: str, name: str, segme
     film: list[Tensor] = []
     latents: Tensor | None = None
     for index in range(segments):
-        seeds = {"seed": 0, "noise_id": name, "stage": "one", "first_latent": index * grid.new_latents, "redo": 0}
-        request = SegmentRequest(
-            text=condition.text[0],
-            text_mask=condition.mask[0],
-            height_px=studio.stage_one_px[0],
-            width_px=studio.stage_one_px[1],
-            segment_frames=grid.segment_frames,
-            noise_seeds=noise_seeds({**seeds, "count": grid.segment_latents}),
-            schedule=studio.chain_schedule,
-            guidance=1.0,
-            cond_frames=film[-1][-grid.condition_frames :][:1] if film else None,
-            cond_latents=None if latents is None else latents[:, -kept_latents:],
-        )
-        latents = generate_segment(models, request)
+        first = film[-1][-grid.condition_frames :][:1] if film else None
+        before = None if latents is None else latents[:, -kept_latents:]
+        latents = chain_segment(studio, models, condition, name, index, first, before)
         frames = torch.cat(list(decode_frames(models.vae, latents)))
         film.append(frames if index == 0 else frames[grid.condition_frames :])
     return torch.cat(film)
