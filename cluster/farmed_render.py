@@ -204,7 +204,7 @@ class FarmedRender(Orchestrator):
         self._used.discard(worker_id)
         self._farm.lost(worker_id, "it was lost, or did not do what it should")
 
-    async def _close(self) -> None:
+    async def _end_workers(self) -> None:
         for worker_id in list(self._members):
             if worker_id in self._used or worker_id in self._loading:
                 self._replace(worker_id)
@@ -212,7 +212,6 @@ class FarmedRender(Orchestrator):
                 self._return(worker_id)
         for task_id in list(self._begun):
             self._end_task(task_id, None)
-        await super()._close()
 
     def _end_task(self, task_id: str, record: CommitRecord | None) -> None:
         if task_id in self._begun:

@@ -278,7 +278,8 @@ class Orchestrator:
             await self._wait_for_place(worker_id, size)
             return
         except RAY_LOSSES as error:
-            await self._start_again(worker_id, size, error)
+            if worker_id in self._members:
+                await self._start_again(worker_id, size, error)
             return
         if isinstance(greetings, Failed):
             self._put(ev.LedgerFailed(time.monotonic(), greetings.fault))
@@ -480,7 +481,8 @@ class Orchestrator:
             self._story.tell("note", message=f"not refreshed: {error}", warning=True)
 
     async def _measure_film(self) -> None:
-        """Make the page about the film; whoever asks to stop meanwhile does not wait for it."""
+        """Make the page about the film. No worker is held for it, and whoever asks to stop does not wait for it."""
+        await self._end_workers()
         process = await asyncio.to_thread(start_page, self._store.url, self._job.settings.ffmpeg)
         ending = asyncio.create_task(asyncio.to_thread(process.communicate))
         stopped = asyncio.create_task(self._stop_wanted())
@@ -503,13 +505,16 @@ class Orchestrator:
     async def _close(self) -> None:
         for task in list(self._background):
             task.cancel()
+        await self._end_workers()
+        with contextlib.suppress(LongtakeError):
+            if self._ledger.epoch:
+                await self._io_call(self._ledger.release_lease)
+
+    async def _end_workers(self) -> None:
         for member in list(self._members.values()):
             with contextlib.suppress(*RAY_LOSSES, asyncio.TimeoutError):
                 await asyncio.wait_for(member.door.dismiss(), DISMISS_LIMIT_S)
             self._dismiss(member.worker_id)
-        with contextlib.suppress(LongtakeError):
-            if self._ledger.epoch:
-                await self._io_call(self._ledger.release_lease)
 
     def _put(self, event: ev.Event) -> None:
         self._queue.put_nowait(event)

@@ -96,6 +96,10 @@ def test_whoever_stops_a_render_does_not_wait_for_its_report_page(tiny_checkpoin
         assert process.poll() is None
         time.sleep(0.05)
     measuring[0].suspend()  # for ever, as far as this render can tell
+    until_s = time.monotonic() + 60
+    while _workers(process):
+        assert time.monotonic() < until_s, "no worker is held for a page"
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     done = finish(process)
     assert done.returncode == 0, "the film was there"
@@ -104,6 +108,14 @@ def test_whoever_stops_a_render_does_not_wait_for_its_report_page(tiny_checkpoin
     assert list((tmp_path / "renders/gate/films").iterdir())
     assert render(tmp_path, tiny_checkpoint).returncode == 0
     assert (tmp_path / "renders/gate/report.html").exists()
+
+
+def _workers(process: subprocess.Popen[str]) -> list[str]:
+    titles = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            titles += [title for title in child.cmdline()[:1] if title.startswith("ray::Worker")]
+    return titles
 
 
 def _measuring_the_film(process: subprocess.Popen[str]) -> list[psutil.Process]:
