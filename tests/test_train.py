@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from model.checkpoint import load_dit, load_text, load_vae
 from model.lora import load_lora
 from model.train import adapters
+from model.train.ahead import Ahead
 from model.train.dit import Generator, Part, Shape, new_generator, sample, train_dit
 from model.train.films import Cache, build_cache
 from model.train.loop import Plan, Training, load_average, train
@@ -222,3 +223,12 @@ def test_two_processes_train_as_one_with_both_their_batches(tmp_path: Path) -> N
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], atol=1e-3, rtol=1e-2)  # Muon's products are bf16
+
+
+def test_batches_drawn_ahead_by_other_processes_come_in_order() -> None:
+    ahead = Ahead(lambda step: (step, os.getpid()), range(5, 25), "cuda")
+    drawn = [ahead.take(step) for step in range(5, 25)]
+    assert [step for step, _ in drawn] == list(range(5, 25))
+    assert os.getpid() not in {process for _, process in drawn}
+    with pytest.raises(ValueError, match="comes next"):
+        ahead.take(3)

@@ -1,6 +1,7 @@
 """`python -m model.train STAGE --folder RUN ...`: trains the bundled checkpoint, stage by stage.
 
-    vae        images, then clips; RUN/checkpoint/vae with measured latent statistics
+    vae        images, then clips (with `--start-from` a checkpoint folder, clips alone); RUN/checkpoint/vae with
+               measured latent statistics
     films      RUN/films_<frames>: encoded clips for the DiT
     dit        the DiT and the text encoder on a `--mix` of RUN/films_<frames>: mostly images first, then mostly
                whole segments, with `--start-from` the first state (or a checkpoint folder)
@@ -79,9 +80,20 @@ def samples_of(args: argparse.Namespace) -> Samples | None:
 
 
 def run_vae(args: argparse.Namespace) -> None:
-    image_plan = Plan(steps=args.image_steps, rate=2e-3, final_rate=4e-4, average=0.995, minutes=args.minutes)
-    vae_stage.train_images(args.folder, image_plan, args.base_dim, args.seed, log, device=args.device)
-    vae = vae_stage.train_clips(args.folder, plan_of(args, 0.99), args.base_dim, args.seed, log, device=args.device)
+    start = None if args.start_from is None else Path(args.start_from)
+    if start is None:
+        image_plan = Plan(steps=args.image_steps, rate=2e-3, final_rate=4e-4, average=0.995, minutes=args.minutes)
+        vae_stage.train_images(args.folder, image_plan, args.base_dim, args.seed, log, device=args.device)
+    vae = vae_stage.train_clips(
+        args.folder,
+        plan_of(args, 0.99),
+        args.base_dim,
+        args.seed,
+        log,
+        device=args.device,
+        clips=args.clips,
+        start_from=start,
+    )
     load_average(vae, args.folder / "vae.safetensors")
     write_vae(vae_stage.with_measured_latents(vae), args.folder / "checkpoint")
 
@@ -264,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     )
     stages = top.add_subparsers(dest="stage", required=True)
     defaults: dict[str, dict[str, float]] = {
-        "vae": {"steps": 1100, "rate": 1.2e-3, "final_rate": 4e-5},
+        "vae": {"steps": 1100, "rate": 1.2e-3, "final_rate": 4e-5, "clips": 2},
         "dit": {"steps": 1600, "rate": 1.5e-3, "final_rate": 1e-4},
         "distill": {"steps": 300, "rate": 1e-3, "final_rate": 1e-4, "clips": 6, "frames": 93},
         "refine": {"steps": 400, "rate": 1e-3, "final_rate": 1e-4},

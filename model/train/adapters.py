@@ -8,14 +8,14 @@ sparse attention and an empty prompt.
 
 from __future__ import annotations
 
-import os
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +23,7 @@ from model import world
 from model.dit import DiT
 from model.lora import attach_trainable_lora, save_lora
 from model.sampling import cfg_zero
+from model.train.ahead import Ahead
 from model.train.dit import (
     CONDITION_NOISE,
     SHIFT,
@@ -34,7 +35,7 @@ from model.train.dit import (
     draw_sigmas,
     quick_attention,
 )
-from model.train.films import FPS, Cache, clip_film
+from model.train.films import FPS, Cache, clip_film, missing_shards, write_shard
 from model.train.loop import Plan, Training, averaged, load_average, processes, share, train
 from model.vae import VAE
 
@@ -61,10 +62,10 @@ def attach(dit: DiT, layers: tuple[str, ...], rank: int, seed: int) -> None:
 def _levels(batch: Batch, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Noised latents with slightly noised conditions in front, timesteps [B,T] and the levels [B]."""
     clean, n = batch.clean, batch.num_cond
-    noise = torch.randn(clean.shape, generator=source).to(clean.device)
-    levels = draw_sigmas(len(clean), source).to(clean.device)
+    noise = torch.randn(clean.shape, generator=source, device=clean.device)
+    levels = draw_sigmas(len(clean), source)
     sigma = levels.view(-1, 1, 1, 1, 1)
-    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=source).to(clean.device)
+    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=source, device=clean.device)
     mixed = (1 - sigma) * clean + sigma * noise
     latents = torch.cat([clean[:, :, :n] + blur * noise[:, :, :n], mixed[:, :, n:]], 2)
     return latents, _timesteps(levels, clean.shape[2], n), levels
@@ -149,12 +150,18 @@ def train_distilled(
         compile_blocks(student.dit)
         compile_blocks(teacher.dit)
 
+    def own_seed(step: int) -> int:
+        return seed * 6_000_011 + share(step)
+
+    def draw(step: int) -> Batch:
+        return draw_batch(cache, random.Random(own_seed(step)), shape.clips, shape.latent_frames)
+
+    device = student.dit.device
+    batches = Ahead(draw, range(training.step, plan.steps), device.type)
+
     def loss_of(step: int) -> Tensor:
-        rng = random.Random(seed * 6_000_011 + share(step))
-        batch = draw_batch(cache, rng, shape.clips, shape.latent_frames).to(student.dit.device)
-        return distill_loss(
-            student, teacher, batch, guidance, torch.Generator().manual_seed(seed * 6_000_011 + share(step)), jump
-        )
+        source = torch.Generator(device).manual_seed(own_seed(step))
+        return distill_loss(student, teacher, batches.take(step).to(device), guidance, source, jump)
 
     train(training, loss_of, state, log=log)
     write_lora(training, student.dit, folder / "lora" / "cfg_step_lora.safetensors")
@@ -174,7 +181,7 @@ def on_half_grid(coarse: Tensor, frames: int, size: tuple[int, int]) -> Tensor:
     [3,frames,h',w'].
     """
     wide = F.interpolate(coarse.transpose(0, 1), size, mode="bilinear", align_corners=True)
-    times = (torch.arange(frames) / 2).clamp_max(coarse.shape[1] - 1)
+    times = (torch.arange(frames, device=coarse.device) / 2).clamp_max(coarse.shape[1] - 1)
     before = times.floor().long()
     after = (before + 1).clamp_max(coarse.shape[1] - 1)
     return torch.lerp(wide[before], wide[after], (times - before).view(-1, 1, 1, 1)).transpose(0, 1)
@@ -186,27 +193,29 @@ def build_pairs(vae: VAE, folder: Path, seed: int, clips: int, latent_frames: in
     on their latents, as what stage one hands over is never perfect.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    device = next(vae.parameters()).device
     frames = 4 * latent_frames - 3
     coarse_frames = (frames // 2 + 4) // 4 * 4 + 1
-    for first in range(0, clips, shard):
-        file = folder / f"{first:06d}.safetensors"
-        if file.exists():
-            continue
+
+    def draw(index: int) -> tuple[Tensor, Tensor]:
+        film, start_s = clip_film(seed, index)
+        coarse, _ = world.render(film, world.frame_times(coarse_frames, FPS, start_s), 64, 96)
+        fine, _ = world.render(film, world.frame_times(frames, 2 * FPS, start_s), 128, 192)
+        return coarse.transpose(0, 1).unsqueeze(0), fine.transpose(0, 1).unsqueeze(0)
+
+    missing = missing_shards(folder, clips, shard)
+    films = Ahead(draw, list(itertools.chain(*missing.values())), device.type)
+    for file, indices in missing.items():
         rough, fine = [], []
-        for index in range(first, min(first + shard, clips)):
-            film, start_s = clip_film(seed, index)
+        for index in indices:
+            coarse, wanted = (video.to(device) for video in films.take(index))
             source = torch.Generator().manual_seed(seed * 1009 + index)
-            coarse, _ = world.render(film, world.frame_times(coarse_frames, FPS, start_s), 64, 96)
-            latents = vae.encode(coarse.transpose(0, 1).unsqueeze(0))
+            latents = vae.encode(coarse)
             amount = 0.4 * float(torch.rand(1, generator=source)) ** 2
-            decoded = vae.decode(latents + amount * torch.randn(latents.shape, generator=source))[0]
-            raised = on_half_grid(decoded, frames, (128, 192))
-            rough.append(vae.encode(raised.unsqueeze(0))[0].half())
-            video, _ = world.render(film, world.frame_times(frames, 2 * FPS, start_s), 128, 192)
-            fine.append(vae.encode(video.transpose(0, 1).unsqueeze(0))[0].half())
-        part = file.with_suffix(".part")
-        save_file({"rough": torch.stack(rough), "fine": torch.stack(fine)}, part)
-        os.replace(part, file)
+            decoded = vae.decode(latents + amount * torch.randn(latents.shape, generator=source).to(device))[0]
+            rough.append(vae.encode(on_half_grid(decoded, frames, (128, 192)).unsqueeze(0))[0].half().cpu())
+            fine.append(vae.encode(wanted)[0].half().cpu())
+        write_shard(file, {"rough": torch.stack(rough), "fine": torch.stack(fine)})
 
 
 @dataclass(frozen=True)
@@ -228,13 +237,13 @@ def refine_loss(generator: Generator, rough: Tensor, fine: Tensor, num_cond: int
 
     The first `num_cond` latents are fine ones, almost clean.
     """
-    noise = torch.randn(fine.shape, generator=source).to(fine.device)
+    noise = torch.randn(fine.shape, generator=source, device=fine.device)
     begin = (1 - START) * rough + START * noise
-    sigma = START * torch.rand(len(fine), 1, generator=source).sqrt().to(fine.device)
+    sigma = START * torch.rand(len(fine), 1, generator=source, device=fine.device).sqrt()
     sigma[::3] = START
     share = (sigma / START).view(-1, 1, 1, 1, 1)
     latents = torch.lerp(fine, begin, share)
-    blur = 0.05 * torch.rand(len(fine), 1, 1, 1, 1, generator=source).to(fine.device)
+    blur = 0.05 * torch.rand(len(fine), 1, 1, 1, 1, generator=source, device=fine.device)
     latents = torch.cat([(fine + blur * noise)[:, :, :num_cond], latents[:, :, num_cond:]], 2)
     timesteps = 1000.0 * sigma.expand(-1, fine.shape[2]).clone()
     timesteps[:, :num_cond] = 0.0
@@ -267,7 +276,7 @@ def train_refinement(
     state = folder / "refinement.safetensors"
     if state.exists():
         training.load(state)
-    sets = [Pairs.load(pair) for pair in pairs]
+    sets, device = [Pairs.load(pair) for pair in pairs], generator.dit.device
 
     def loss_of(step: int) -> Tensor:
         rng = random.Random(seed * 7_000_003 + share(step))
@@ -276,8 +285,8 @@ def train_refinement(
         clips = max(1, tokens // (frames * rows * columns // 4))
         index = torch.tensor([rng.randrange(len(chosen.fine)) for _ in range(clips)])
         num_cond = rng.choices((0, 4, 8), (0.7, 0.1, 0.2))[0] if frames > 8 else 0
-        source = torch.Generator().manual_seed(seed * 7_000_003 + share(step))
-        rough, fine = (latents[index].float().to(generator.dit.device) for latents in (chosen.rough, chosen.fine))
+        source = torch.Generator(device).manual_seed(seed * 7_000_003 + share(step))
+        rough, fine = (latents[index].float().to(device) for latents in (chosen.rough, chosen.fine))
         return refine_loss(generator, rough, fine, num_cond, source)
 
     train(training, loss_of, state, log=log)

@@ -26,6 +26,7 @@ from model.config import BlockSparseConfig, DiTConfig
 from model.dit import DiT
 from model.sampling import TextCondition, base_schedule, denoise
 from model.text import NEGATIVE_PROMPT
+from model.train.ahead import Ahead
 from model.train.films import Cache
 from model.train.loop import Plan, Training, load_average, share, train
 from model.train.sheet import write_sheet
@@ -124,9 +125,10 @@ def draw_sigmas(clips: int, generator: torch.Generator, shift: float = SHIFT) ->
     shapes are is decided above level 0.85, and a model that sees little of that range paints the right
     colours in the wrong places.
     """
-    even = (torch.arange(clips) + torch.rand(clips, generator=generator)) / clips
-    even = even[torch.randperm(clips, generator=generator)].clamp(1e-3, 1 - 1e-3)
-    moved = torch.rand(clips, generator=generator) < 0.75
+    device = generator.device
+    even = (torch.arange(clips, device=device) + torch.rand(clips, generator=generator, device=device)) / clips
+    even = even[torch.randperm(clips, generator=generator, device=device)].clamp(1e-3, 1 - 1e-3)
+    moved = torch.rand(clips, generator=generator, device=device) < 0.75
     return torch.where(moved, shift * even / (1 + (shift - 1) * even), even)
 
 
@@ -137,20 +139,19 @@ def shift_for(latent_frames: int) -> float:
     return max(2.0, SHIFT * (latent_frames / 24) ** 0.4)
 
 
-def flow_loss(
-    generator: Generator, batch: Batch, noise_source: torch.Generator, *, learn_text: bool = True
-) -> Tensor:
+def flow_loss(generator: Generator, batch: Batch, noise_source: torch.Generator, *, learn_text: bool = True) -> Tensor:
     """Mean square error of the predicted x0 - noise over the noise frames, weighted towards the shapes where
     little noise is left: with much of it, the weight would teach shapes where there are none.
 
-    Without `learn_text` the text encoder stays as it is, which saves a third of a step of images.
+    `noise_source` is on the device of the batch. Without `learn_text` the text encoder stays as it is, which saves a
+    third of a step of images.
     """
     clean, n = batch.clean, batch.num_cond
-    noise = torch.randn(clean.shape, generator=noise_source).to(clean.device)
-    levels = draw_sigmas(len(clean), noise_source, shift_for(clean.shape[2])).to(clean.device)
+    noise = torch.randn(clean.shape, generator=noise_source, device=clean.device)
+    levels = draw_sigmas(len(clean), noise_source, shift_for(clean.shape[2]))
     sigma = levels.view(-1, 1, 1, 1, 1)
     mixed = (1 - sigma) * clean + sigma * noise
-    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=noise_source).to(clean.device)
+    blur = CONDITION_NOISE * torch.rand(len(clean), 1, 1, 1, 1, generator=noise_source, device=clean.device)
     latents = torch.cat([clean[:, :, :n] + blur * noise[:, :, :n], mixed[:, :, n:]], 2)
     timesteps = 1000.0 * sigma.view(-1, 1).expand(-1, clean.shape[2]).clone()
     timesteps[:, :n] = 0.0
@@ -226,13 +227,20 @@ def train_dit(
     millions = sum(p.numel() for p in generator.dit.parameters()) / 1e6
     log(f"{', '.join(str(len(cache)) for cache in caches)} clips, {millions:.2f} M parameters in the DiT")
 
-    def loss_of(step: int) -> Tensor:
+    def draw(step: int) -> Batch:
         # All processes take clips of the same length, so that none waits for another.
         index = random.Random(seed * 5_000_011 + step).choices(range(len(mix)), [part.weight for part in mix])[0]
-        shape, own_seed = mix[index].shape, seed * 4_000_037 + share(step)
-        batch = draw_batch(caches[index], random.Random(own_seed), shape.clips, shape.latent_frames)
-        noise_source = torch.Generator().manual_seed(own_seed)
-        return flow_loss(generator, batch.to(generator.dit.device), noise_source, learn_text=learn_text)
+        shape = mix[index].shape
+        return draw_batch(caches[index], random.Random(own_seed(step)), shape.clips, shape.latent_frames)
+
+    def own_seed(step: int) -> int:
+        return seed * 4_000_037 + share(step)
+
+    batches = Ahead(draw, range(training.step, plan.steps), device)
+
+    def loss_of(step: int) -> Tensor:
+        noise_source = torch.Generator(device).manual_seed(own_seed(step))
+        return flow_loss(generator, batches.take(step).to(generator.dit.device), noise_source, learn_text=learn_text)
 
     train(training, loss_of, file, **sampling_of(samples, generator, caches[-1], file.stem), log=log)
     return generator
@@ -303,5 +311,10 @@ def sample(
     negative_mask, text_mask = mask.chunk(2)
     condition = TextCondition(text, text_mask, negative, negative_mask)
     return denoise(
-        generator.dit, noise, base_schedule(steps, shift), condition, guidance=guidance, num_cond_latents=cond
+        generator.dit,
+        noise.to(generator.dit.device),
+        base_schedule(steps, shift),
+        condition,
+        guidance=guidance,
+        num_cond_latents=cond,
     )

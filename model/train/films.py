@@ -11,6 +11,7 @@ A cache of videos that somebody brought (model/train/clips.py) has a caption in 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -23,11 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import world
+from model.train.ahead import Ahead
 from model.vae import VAE
 
 SHARD = 256
 CONDITION_FRAMES = 13
 FPS = 15.0
+_FRAMES_TOGETHER = 372
 
 
 def clip_film(seed: int, index: int) -> tuple[world.Film, float]:
@@ -47,19 +50,35 @@ def build_cache(vae: VAE, folder: Path, seed: int, clips: int, frames: int, size
     """Encode films until the cache in `folder` holds `clips` clips of `frames` frames."""
     folder.mkdir(parents=True, exist_ok=True)
     device = next(vae.parameters()).device
-    for first in range(0, clips, SHARD):
-        shard = folder / f"{first:06d}.safetensors"
-        if shard.exists():
-            continue
+
+    def draw(index: int) -> tuple[Tensor, Tensor]:
+        film, start_s = clip_film(seed, index)
+        video, mask = world.render(film, world.frame_times(frames, FPS, start_s), *size)
+        return video.transpose(0, 1), latent_cover(mask)
+
+    missing = missing_shards(folder, clips, SHARD)
+    films = Ahead(draw, list(itertools.chain(*missing.values())), device.type)
+    together = max(1, _FRAMES_TOGETHER // frames)
+    for file, indices in missing.items():
         latents, covers, scenes = [], [], []
-        for index in range(first, min(first + SHARD, clips)):
-            film, start_s = clip_film(seed, index)
-            video, mask = world.render(film, world.frame_times(frames, FPS, start_s), *size)
-            latents.append(vae.encode(video.transpose(0, 1).unsqueeze(0).to(device))[0].half().cpu())
-            covers.append(latent_cover(mask))
+        for start in range(0, len(indices), together):
+            drawn = [films.take(index) for index in indices[start : start + together]]
+            encoded = vae.encode(torch.stack([video for video, _ in drawn]).to(device))
+            latents.append(encoded.half().cpu())
+            covers += [cover for _, cover in drawn]
+        for index in indices:
+            film, _ = clip_film(seed, index)
             scenes.append([dataclasses.asdict(s) for s in (film.scene, film.after or film.scene)])
-        shard.with_suffix(".json").write_text(json.dumps(scenes))
-        write_shard(shard, {"latents": torch.stack(latents), "cover": torch.stack(covers)})
+        file.with_suffix(".json").write_text(json.dumps(scenes))
+        write_shard(file, {"latents": torch.cat(latents).contiguous(), "cover": torch.stack(covers)})
+
+
+def missing_shards(folder: Path, clips: int, size: int) -> dict[Path, range]:
+    """The files of a cache of `clips` clips that are not there yet, and the clips that each is to hold."""
+    shards = {
+        folder / f"{first:06d}.safetensors": range(first, min(first + size, clips)) for first in range(0, clips, size)
+    }
+    return {file: indices for file, indices in shards.items() if not file.exists()}
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor]) -> None:

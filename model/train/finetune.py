@@ -83,7 +83,7 @@ def train_lora(
     def loss_of(step: int) -> Tensor:
         own_seed = seed * 8_000_009 + share(step)
         batch = draw_batch(cache, random.Random(own_seed), shape.clips, shape.latent_frames)
-        return flow_loss(generator, batch.to(generator.dit.device), torch.Generator().manual_seed(own_seed))
+        return flow_loss(generator, batch.to(generator.dit.device), torch.Generator(device).manual_seed(own_seed))
 
     train(training, loss_of, state, **sampling_of(samples, generator, cache, name), log=log)
     file = folder / "lora" / f"{name}.safetensors"

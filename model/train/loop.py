@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from model.train.curve import Curve
 
+_SAVE_S = 10.0
+
 
 @dataclass(frozen=True)
 class Plan:
     """How a stage is trained. `minutes` ends a run early (the state is saved); the schedule follows `steps`
-    alone.
+    alone. The state is saved each `save_every` steps, but not so often that saving is what takes the time.
     """
 
     steps: int
@@ -248,6 +250,7 @@ def train(
     plan = training.plan
     curve = None if state is None or processes()[0] else Curve(state.with_suffix(".losses"), training.step)
     started, shown, losses = time.monotonic(), time.monotonic(), []
+    saved = started
     while training.step < plan.steps and not _over(started, plan.minutes):
         loss = loss_of(training.step)
         norm = training.update(loss)
@@ -262,8 +265,9 @@ def train(
             if curve is not None:
                 curve.add(training.step, sum(losses) / len(losses))
             shown, losses = time.monotonic(), []
-        if state is not None and training.step % plan.save_every == 0:
+        if state is not None and training.step % plan.save_every == 0 and time.monotonic() - saved >= _SAVE_S:
             training.save(state)
+            saved = time.monotonic()
         if evaluate is not None and training.step % evaluate_every == 0 and training.step < plan.steps:
             _evaluate(training, evaluate, log)
     if state is not None:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from model import world
+from model.checkpoint import load_vae
 from model.config import VAEConfig
+from model.train.ahead import Ahead
 from model.train.loop import Plan, Training, load_average, train
 from model.vae import VAE, CausalConv3d
 
@@ -41,9 +43,7 @@ def start_as_image_model(vae: VAE) -> None:
                 module.bias.zero_()
 
 
-def draw_batch(
-    seed: int, count: int, frames: int, height_px: int, width_px: int, fps: float, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
+def draw_batch(seed: int, count: int, frames: int, height_px: int, width_px: int, fps: float) -> tuple[Tensor, Tensor]:
     """Clips [B,3,F,h,w] of random films at random times, and their masks [B,1,F,h,w]."""
     rng = random.Random(seed)
     clips, masks = [], []
@@ -54,7 +54,7 @@ def draw_batch(
         video, mask = world.render(film, times_s, height_px, width_px)
         clips.append(video.transpose(0, 1))
         masks.append(mask.unsqueeze(0))
-    return torch.stack(clips).to(device), torch.stack(masks).to(device)
+    return torch.stack(clips), torch.stack(masks)
 
 
 def device_of(vae: VAE) -> torch.device:
@@ -65,7 +65,7 @@ def reconstruction_loss(vae: VAE, video: Tensor, mask: Tensor, generator: torch.
     """Weighted error of a sampled reconstruction plus the KL divergence of the posterior."""
     mean, logvar = vae.encode_moments(video)
     logvar = logvar.clamp(-12.0, 4.0)
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     z = mean + noise * (0.5 * logvar).exp()
     error = weighted_error(vae.decode(vae.normalise(z)) - video, mask)
     divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(1).mean()
@@ -90,7 +90,7 @@ def psnr_db(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
 
 def measure(vae: VAE, frames: int = 93, count: int = 4, size: tuple[int, int] = (64, 96), fps: float = 15.0) -> str:
     """PSNR over unseen films: all pixels, inside shapes, and the first, middle and last third of the frames."""
-    video, mask = draw_batch(7_000_001, count, frames, *size, fps, device_of(vae))
+    video, mask = (drawn.to(device_of(vae)) for drawn in draw_batch(7_000_001, count, frames, *size, fps))
     decoded = torch.cat([vae.decode(vae.encode(clip)) for clip in video.split(1)])
     thirds = zip(decoded.chunk(3, 2), video.chunk(3, 2), strict=True)
     parts = " ".join(f"{psnr_db(a, b):.1f}" for a, b in thirds)
@@ -104,7 +104,8 @@ def measure(vae: VAE, frames: int = 93, count: int = 4, size: tuple[int, int] = 
 def with_measured_latents(vae: VAE, films: int = 24) -> VAE:
     """The same network with latents_mean and latents_std measured on films of both sizes."""
     device = device_of(vae)
-    means = [vae.encode_moments(draw_batch(8_000_000 + i, 1, 33, 64, 96, 15.0, device)[0])[0] for i in range(films)]
+    videos = (draw_batch(8_000_000 + i, 1, 33, 64, 96, 15.0)[0].to(device) for i in range(films))
+    means = [vae.encode_moments(video)[0] for video in videos]
     values = torch.cat([m.transpose(0, 1).flatten(1) for m in means], 1)
     config = dataclasses.replace(
         vae.config,
@@ -135,20 +136,18 @@ def train_images(
 ) -> VAE:
     """Stage one: single frames of both sizes. State: folder/vae_images.safetensors."""
     vae = new_vae(base_dim, seed).to(device)
-    training = Training(vae, plan)
-    state = folder / "vae_images.safetensors"
-    if state.exists():
-        training.load(state)
 
-    def loss_of(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    def draw(step: int) -> list[Sample]:
         large = step % 4 == 3
         count, size = (4, (128, 192)) if large else (16, (64, 96))
-        video, mask = draw_batch(seed * 1_000_003 + step, count, 1, *size, 15.0, device)
-        return reconstruction_loss(vae, video, mask, generator)
+        return [draw_batch(seed * 1_000_003 + step, count, 1, *size, 15.0)]
+
+    def loss(samples: list[Sample], generator: torch.Generator) -> Tensor:
+        return reconstruction_loss(vae, *samples[0], generator)
 
     both = lambda step: measure(vae, frames=1, count=48) + "; " + measure(vae)  # noqa: E731
-    train(training, loss_of, state, both if measured else None, log=log)
+    run = Run(folder / "vae_images.safetensors", plan, draw, loss, seed * 1_000_003, both if measured else None)
+    train_samples(vae, run, log)
     return vae
 
 
@@ -160,32 +159,35 @@ def train_clips(
     log: Callable[[str], None] = print,
     measured: bool = True,
     device: str = "cpu",
+    *,
+    clips: int = 2,
+    start_from: Path | None = None,
 ) -> VAE:
-    """Stage two: clips of 17 (at times 33) frames mixed with images, from stage one's average. State:
-    folder/vae.safetensors.
+    """Stage two: `clips` clips of 17 frames (at times half as many of 37, or of the large size) mixed with images,
+    from stage one's average or the weights of the checkpoint folder `start_from`. State: folder/vae.safetensors.
     """
     vae = new_vae(base_dim, seed).to(device)
-    load_average(vae, folder / "vae_images.safetensors")
-    training = Training(vae, plan)
-    state = folder / "vae.safetensors"
-    if state.exists():
-        training.load(state)
+    if start_from is None:
+        load_average(vae, folder / "vae_images.safetensors")
+    else:
+        vae.load_state_dict(load_vae(start_from, device=device, dtype=torch.float32).state_dict())
 
-    def loss_of(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 2_000_003 + step)
+    def draw(step: int) -> list[Sample]:
         kind = ("coarse", "coarse", "coarse", "large", "coarse", "coarse", "coarse", "long")[step % 8]
         count, frames, size, fps = {
-            "coarse": (2, 17, (64, 96), 15.0),
-            "large": (1, 13, (128, 192), 30.0),
-            "long": (1, 37, (64, 96), 15.0),
+            "coarse": (clips, 17, (64, 96), 15.0),
+            "large": (max(1, clips // 2), 13, (128, 192), 30.0),
+            "long": (max(1, clips // 2), 37, (64, 96), 15.0),
         }[kind]
-        video, mask = draw_batch(seed * 2_000_003 + step, count, frames, *size, fps, device)
-        loss = reconstruction_loss(vae, video, mask, generator)
-        images, masks = draw_batch(seed * 3_000_017 + step, 4, 1, 64, 96, 15.0, device)
-        return loss + 0.3 * reconstruction_loss(vae, images, masks, generator)
+        films = draw_batch(seed * 2_000_003 + step, count, frames, *size, fps)
+        return [films, draw_batch(seed * 3_000_017 + step, 2 * clips, 1, 64, 96, 15.0)]
 
-    both = lambda step: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
-    train(training, loss_of, state, both if measured else None, evaluate_every=250, log=log)
+    def loss(samples: list[Sample], generator: torch.Generator) -> Tensor:
+        films, images = samples
+        return reconstruction_loss(vae, *films, generator) + 0.3 * reconstruction_loss(vae, *images, generator)
+
+    run = Run(folder / "vae.safetensors", plan, draw, loss, seed * 2_000_003, clip_measures(vae) if measured else None)
+    train_samples(vae, run, log)
     return vae
 
 
@@ -198,26 +200,57 @@ def train_decoder(
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
-    training = Training(vae, plan)
-    state = folder / "decoder.safetensors"
-    if state.exists():
-        training.load(state)
-
     decode = torch.compile(vae.decode, dynamic=False) if compiled else vae.decode
 
-    def loss_of(step: int) -> Tensor:
+    def draw(step: int) -> list[Sample]:
         large = step % 3 == 2
         count, frames, size, fps = (1, 17, (128, 192), 30.0) if large else (2, 25, (64, 96), 15.0)
-        video, mask = draw_batch(seed * 5_000_011 + step, count, frames, *size, fps, device_of(vae))
-        generator = torch.Generator().manual_seed(seed * 5_000_011 + step)
+        return [draw_batch(seed * 5_000_011 + step, count, frames, *size, fps)]
+
+    def loss(samples: list[Sample], generator: torch.Generator) -> Tensor:
+        ((video, mask),) = samples
         with torch.no_grad():
             latents = vae.encode(video)
-            noise = 0.1 * torch.rand(1, generator=generator) * torch.randn(latents.shape, generator=generator)
-            latents += noise.to(latents.device)
+            amount = 0.1 * torch.rand(1, generator=generator, device=latents.device)
+            latents += amount * torch.randn(latents.shape, generator=generator, device=latents.device)
         with torch.autocast(video.device.type, torch.bfloat16):
             decoded = decode(latents)
         return weighted_error(decoded.float() - video, mask)
 
-    both = lambda step: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)  # noqa: E731
-    train(training, loss_of, state, both, evaluate_every=300, log=log)
+    train_samples(vae, Run(folder / "decoder.safetensors", plan, draw, loss, seed * 5_000_011, clip_measures(vae)), log)
     return vae
+
+
+Sample = tuple[Tensor, Tensor]
+"""Videos [B,3,F,h,w] and their masks [B,1,F,h,w]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: its state, what is drawn for a step and the loss of that; `seed` + step seeds the loss's noise."""
+
+    state: Path
+    plan: Plan
+    draw: Callable[[int], list[Sample]]
+    loss: Callable[[list[Sample], torch.Generator], Tensor]
+    seed: int
+    evaluate: Callable[[int], str] | None
+
+
+def train_samples(vae: VAE, run: Run, log: Callable[[str], None]) -> None:
+    """Train the parameters of `vae` that want a gradient, from the run's state where there is one."""
+    training, device = Training(vae, run.plan), device_of(vae)
+    if run.state.exists():
+        training.load(run.state)
+    batches = Ahead(run.draw, range(training.step, run.plan.steps), device.type)
+
+    def loss_of(step: int) -> Tensor:
+        samples = [(video.to(device), mask.to(device)) for video, mask in batches.take(step)]
+        return run.loss(samples, torch.Generator(device).manual_seed(run.seed + step))
+
+    train(training, loss_of, run.state, run.evaluate, evaluate_every=300, log=log)
+
+
+def clip_measures(vae: VAE) -> Callable[[int], str]:
+    """What is printed now and then: clips of both sizes."""
+    return lambda step: measure(vae) + "; " + measure(vae, count=1, size=(128, 192), fps=30.0)
