@@ -232,3 +232,13 @@ def test_batches_drawn_ahead_by_other_processes_come_in_order() -> None:
     assert os.getpid() not in {process for _, process in drawn}
     with pytest.raises(ValueError, match="comes next"):
         ahead.take(3)
+
+
+def test_a_cache_of_films_is_the_same_clips_in_however_many_shards(vae, tmp_path, monkeypatch) -> None:
+    build_cache(vae, tmp_path / "whole", seed=3, clips=7, frames=93, size=(16, 24))
+    monkeypatch.setattr("model.train.films.SHARD", 3)
+    build_cache(vae, tmp_path / "parts", seed=3, clips=7, frames=93, size=(16, 24))
+    whole, parts = Cache(tmp_path / "whole"), Cache(tmp_path / "parts")
+    assert len(whole) == len(parts) == 7 and whole.texts == parts.texts
+    torch.testing.assert_close(whole.latents, parts.latents, atol=2e-3, rtol=0)
+    assert torch.equal(whole.covers, parts.covers)

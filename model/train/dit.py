@@ -28,6 +28,7 @@ from model.sampling import TextCondition, base_schedule, denoise
 from model.text import NEGATIVE_PROMPT
 from model.train.ahead import Ahead
 from model.train.films import Cache
+from model.train.graphs import Replayed
 from model.train.loop import Plan, Training, load_average, share, train
 from model.train.sheet import write_sheet
 from model.train.text import WIDTH, Prompter, new_prompter
@@ -139,7 +140,14 @@ def shift_for(latent_frames: int) -> float:
     return max(2.0, SHIFT * (latent_frames / 24) ** 0.4)
 
 
-def flow_loss(generator: Generator, batch: Batch, noise_source: torch.Generator, *, learn_text: bool = True) -> Tensor:
+def flow_loss(
+    generator: Generator,
+    batch: Batch,
+    noise_source: torch.Generator,
+    *,
+    learn_text: bool = True,
+    replayed: Replayed | None = None,
+) -> Tensor:
     """Mean square error of the predicted x0 - noise over the noise frames, weighted towards the shapes where
     little noise is left: with much of it, the weight would teach shapes where there are none.
 
@@ -157,10 +165,21 @@ def flow_loss(generator: Generator, batch: Batch, noise_source: torch.Generator,
     timesteps[:, :n] = 0.0
     with torch.set_grad_enabled(learn_text and torch.is_grad_enabled()):
         text, mask = generator.prompter(batch.prompts)
-    with torch.autocast(clean.device.type, torch.bfloat16), quick_attention(generator.dit):
-        out = generator.dit(latents, timesteps if n else timesteps[:, 0], text, mask, num_cond_latents=n)
     weight = 1 + SHAPE_WEIGHT * (1 - sigma) * batch.cover[:, :, n:]
-    return (weight * (out[:, :, n:] - (clean - noise)[:, :, n:]).square()).mean()
+    inputs = latents, timesteps if n else timesteps[:, 0], text, mask, (clean - noise)[:, :, n:], weight
+    return weighted_loss(generator.dit, n, *inputs) if replayed is None else replayed(n, *inputs)
+
+
+def weighted_loss(
+    dit: nn.Module, num_cond: int, latents: Tensor, timesteps: Tensor, text: Tensor, mask: Tensor, target: Tensor,
+    weight: Tensor,
+) -> Tensor:  # fmt: skip
+    """Mean of `weight` times the square error of what `dit` predicts after its conditions; products in bf16."""
+    assert isinstance(dit, DiT)
+    # No weight is used twice, so there is nothing to gain from keeping what it was rounded to; a graph may not.
+    with torch.autocast(latents.device.type, torch.bfloat16, cache_enabled=False), quick_attention(dit):
+        out = dit(latents, timesteps, text, mask, num_cond_latents=num_cond)
+    return (weight * (out[:, :, num_cond:] - target).square()).mean()
 
 
 def quick_attention(dit: DiT) -> AbstractContextManager[None]:
@@ -237,10 +256,13 @@ def train_dit(
         return seed * 4_000_037 + share(step)
 
     batches = Ahead(draw, range(training.step, plan.steps), device)
+    as_graphs = device.startswith("cuda") and not compiled and not checkpointing
+    replayed = Replayed(generator.dit, weighted_loss) if as_graphs else None
 
     def loss_of(step: int) -> Tensor:
-        noise_source = torch.Generator(device).manual_seed(own_seed(step))
-        return flow_loss(generator, batches.take(step).to(generator.dit.device), noise_source, learn_text=learn_text)
+        batch, noise_source = batches.take(step).to(generator.dit.device), torch.Generator(device)
+        noise_source.manual_seed(own_seed(step))
+        return flow_loss(generator, batch, noise_source, learn_text=learn_text, replayed=replayed)
 
     train(training, loss_of, file, **sampling_of(samples, generator, caches[-1], file.stem), log=log)
     return generator

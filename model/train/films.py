@@ -30,7 +30,7 @@ from model.vae import VAE
 SHARD = 256
 CONDITION_FRAMES = 13
 FPS = 15.0
-_FRAMES_TOGETHER = 372
+_FRAMES_TOGETHER = 512  # frames that are encoded at once: of one segment, or of many images
 
 
 def clip_film(seed: int, index: int) -> tuple[world.Film, float]:
@@ -51,26 +51,31 @@ def build_cache(vae: VAE, folder: Path, seed: int, clips: int, frames: int, size
     folder.mkdir(parents=True, exist_ok=True)
     device = next(vae.parameters()).device
 
-    def draw(index: int) -> tuple[Tensor, Tensor]:
-        film, start_s = clip_film(seed, index)
-        video, mask = world.render(film, world.frame_times(frames, FPS, start_s), *size)
-        return video.transpose(0, 1), latent_cover(mask)
+    together = max(1, _FRAMES_TOGETHER // frames)
+
+    def draw(first: int) -> tuple[Tensor, Tensor]:
+        videos, covers = [], []
+        for index in range(first, min(first + together, first // SHARD * SHARD + SHARD, clips)):
+            film, start_s = clip_film(seed, index)
+            video, mask = world.render(film, world.frame_times(frames, FPS, start_s), *size)
+            videos.append(video.transpose(0, 1))
+            covers.append(latent_cover(mask))
+        return torch.stack(videos), torch.stack(covers)
 
     missing = missing_shards(folder, clips, SHARD)
-    films = Ahead(draw, list(itertools.chain(*missing.values())), device.type)
-    together = max(1, _FRAMES_TOGETHER // frames)
+    starts = {file: range(indices.start, indices.stop, together) for file, indices in missing.items()}
+    films = Ahead(draw, list(itertools.chain(*starts.values())), device.type)
     for file, indices in missing.items():
         latents, covers, scenes = [], [], []
-        for start in range(0, len(indices), together):
-            drawn = [films.take(index) for index in indices[start : start + together]]
-            encoded = vae.encode(torch.stack([video for video, _ in drawn]).to(device))
-            latents.append(encoded.half().cpu())
-            covers += [cover for _, cover in drawn]
+        for first in starts[file]:
+            videos, cover = films.take(first)
+            latents.append(vae.encode(videos.to(device)).half().cpu())
+            covers.append(cover)
         for index in indices:
             film, _ = clip_film(seed, index)
             scenes.append([dataclasses.asdict(s) for s in (film.scene, film.after or film.scene)])
         file.with_suffix(".json").write_text(json.dumps(scenes))
-        write_shard(file, {"latents": torch.cat(latents).contiguous(), "cover": torch.stack(covers)})
+        write_shard(file, {"latents": torch.cat(latents).contiguous(), "cover": torch.cat(covers)})
 
 
 def missing_shards(folder: Path, clips: int, size: int) -> dict[Path, range]:
