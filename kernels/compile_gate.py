@@ -115,7 +115,7 @@ def _attention(descriptors: bool) -> Iterator[Case]:
         "queries": "*i32",
         "starts": "*i32",
     }
-    numbers = {"heads": "i32", "width": "i32", "q_blocks": "i32", "pairs": "i32"}
+    numbers = {"heads": "i32", "width": "i32", "wave": "i32", "q_blocks": "i32", "pairs": "i32"}
     scales = {"scale": "fp32", "scale_log2": "fp32", "shift_log2": "fp32"}
     tensors = {
         **dict.fromkeys(("q", "k", "v", "out", "d_out"), tile),
@@ -140,14 +140,17 @@ def _attention(descriptors: bool) -> Iterator[Case]:
 def _gating() -> Iterator[Case]:
     from kernels.block_sparse_attention import triton_impl as bsa
 
-    pointers = {"q_means": "*fp32", "k_means": "*fp32", "scratch": "*fp32", "kept": "*i32", "counts": "*i32"}
-    numbers = dict.fromkeys(("tiles", "row_tiles", "n_q", "n_k", "width", "top"), "i32")
-    scales = {"threshold": "fp32", "scale_log2": "fp32"}
-    sizes = {"ROWS": 16, "COLUMNS": 64, "SELECT": 2, "NK": 4096, "D": 128, "WIDE": 128, "WRITE": True}
+    numbers = dict.fromkeys(("first_head", "first_row", "rows", "n_q", "n_k", "room", "width", "top"), "i32")
+    every = dict.fromkeys(("q_means", "k_means", "scores"), "*fp32") | dict.fromkeys(("kept", "counts"), "*i32")
+    every |= numbers | {"threshold": "fp32", "scale_log2": "fp32"}
+    kernel = bsa.scores_kernel
+    types = {arg: every[arg] for arg in kernel.arg_names if arg in every}
+    yield Case("scores of block means", kernel, types, {**bsa.SCORE_TILE, "D": 128}, bsa.SCORE_OPTIONS)
+    kernel = bsa.choose_kernel
+    types = {arg: every[arg] for arg in kernel.arg_names if arg in every}
     for mass in (False, True):
-        types = {**pointers, **numbers, **scales}
         name = "choose blocks, mass" if mass else "choose blocks, top"
-        yield Case(name, bsa.choose_kernel, types, {**sizes, "MASS": mass}, {"num_warps": 8, "num_stages": 2})
+        yield Case(name, kernel, types, {"NK": 4096, "WRITE": True, "MASS": mass}, bsa.CHOOSE_OPTIONS)
 
 
 def _rows() -> Iterator[Case]:
@@ -177,7 +180,8 @@ def _rows() -> Iterator[Case]:
     yield from _modulations(modulate)
 
     types = {"a": "*bf16", "b": "*bf16", "out": "*bf16", "a_row": "i32", "b_row": "i32", "columns": "i32"}
-    yield Case("swiglu", swiglu.swiglu_kernel, types, {"COLUMNS": 2048, "TYPE": bf16}, swiglu.OPTIONS)
+    sizes = {"ROWS": 4, "COLUMNS": 1024, "TYPE": bf16}
+    yield Case("swiglu", swiglu.swiglu_kernel, types | {"rows": "i32"}, sizes, swiglu.OPTIONS)
     kernel = swiglu.swiglu_quantised_kernel
     for kind, quantised, capabilities in _QUANTISED:
         types |= {"values": f"*{kind}", "scales": "*fp32"}
@@ -191,7 +195,7 @@ def _modulations(modulate: Any) -> Iterator[Case]:
     types = dict.fromkeys(kernel.arg_names[:17], "i32") | {"eps": "fp32", "index": "*i32", "row_scale": "*fp32"}
     types |= dict.fromkeys(("x", "update", "summed", "out"), "*bf16")
     types |= dict.fromkeys(("gate", "shift", "scale"), "*fp32")
-    sizes = {"C": 4096, "WIDE": 4096, "NORM": True, "INDEXED": True, "TYPE": triton.language.bfloat16}
+    sizes = {"RUN": 8, "C": 4096, "WIDE": 4096, "NORM": True, "INDEXED": True, "TYPE": triton.language.bfloat16}
     sizes |= {"AFFINE": False, "QUANTISED": False, "LARGEST": 127.0, "FP8": False}
     for add in (False, True):
         name = "add_gated_modulate" if add else "modulate"

@@ -37,7 +37,7 @@ from model.errors import InputError
 Attention = Literal["dense", "block_sparse"]
 Grid = tuple[int, int, int]
 
-PART_TOKENS = 32_768
+PART_TOKENS = 40_960
 """What is wider than the stream (queries, keys and values together, the rows of the feed-forward part) is made for so
 many tokens at a time. Whole blocks, and enough rows for any GPU. Only where no gradient needs them all."""
 

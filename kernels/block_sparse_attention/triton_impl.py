@@ -11,6 +11,7 @@ that of q. Importing this module needs Triton, running it a GPU or TRITON_INTERP
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -28,9 +29,18 @@ MAX_LOGIT_BOUND = 40.0
 
 # Launch options (compile-time figures of the alternatives: docs/kernels.md). 64x64 tiles live on occupancy.
 FORWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
+_RESIDENT = 2  # programs of the forward kernel on a multiprocessor at once
 BACKWARD_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
-_CHOOSE_ROWS, _CHOOSE_COLUMNS, _SELECT_ROWS = 16, 64, 2
+_RESIDENT = 4  # programs of the forward kernel that are on a multiprocessor at once
+
+# Gating: tiles of scores, how many scores are in memory at a time (32 MiB, less than the cache of a large GPU), and the
+# launch options. The running sum in `choose_kernel` has 16 bits for a count.
+SCORE_TILE = {"ROWS": 64, "COLUMNS": 64, "STEP": 32}
+_SCORES = 2**23
+_MOST_KEY_BLOCKS = 2**15
+SCORE_OPTIONS = {"num_warps": 4, "num_stages": 2}
+CHOOSE_OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -68,11 +78,15 @@ def forward_kernel(
     k_stride, k_batch, k_head, k_col,
     v_stride, v_batch, v_head, v_col,
     o_stride, o_batch, o_head, o_col,
-    heads, width, scale_log2, shift_log2,
+    heads, width, wave, scale_log2, shift_log2,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
     FIXED_SHIFT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query block of one head over its list of key blocks."""
+    """One program: one query block of one head over its list of key blocks.
+
+    Every other `wave` of programs goes through its lists backwards: a program that follows another on a multiprocessor
+    then begins among the keys that its neighbours are reading, and what is in cache stays of use.
+    """
     block, head = tl.program_id(0), tl.program_id(1)
     b, h = head // heads, head % heads
     q_row = b * q_batch + h * q_head + block * BQ
@@ -88,10 +102,13 @@ def forward_kernel(
         top = tl.full([BQ], float("-inf"), tl.float32)
     mass = tl.zeros([BQ], tl.float32)
     acc = tl.zeros([BQ, WIDE], tl.float32)
-    index = tl.load(near)
-    for j in range(count):
+    step = 1 - 2 * ((line // wave) % 2).to(tl.int32)
+    at = tl.where(step < 0, count - 1, 0)
+    index = tl.load(near + at)
+    for _ in range(count):
         # The next index is asked for a whole tile before it is needed.
-        following = tl.load(near + j + 1, mask=j + 1 < count, other=0)
+        at += step
+        following = tl.load(near + at, mask=(at >= 0) & (at < count), other=0)
         k_tile = _load_rows(k, k_row + index * BK, k_at, k_stride, BK, D, WIDE, TMA)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         v_tile = _load_rows(v, v_row + index * BK, v_at, v_stride, BK, D, WIDE, TMA)
@@ -232,79 +249,87 @@ def means_kernel(
 
 
 @triton.jit
-def choose_kernel(
-    q_means, k_means, scratch, kept, counts,
-    tiles, row_tiles, n_q, n_k, width, top, threshold, scale_log2,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SELECT: tl.constexpr, NK: tl.constexpr,
-    D: tl.constexpr, WIDE: tl.constexpr, MASS: tl.constexpr, WRITE: tl.constexpr,
+def scores_kernel(
+    q_means, k_means, scores,
+    first_head, first_row, rows, n_q, n_k, room,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Lists of kept key blocks, ascending, of ROWS query blocks at a time.
+    """One program: the products of ROWS means of queries with COLUMNS means of keys, of head `first_head` + program 2.
 
-    A program keeps the scores of its ROWS query blocks in its own part of `scratch` [programs, ROWS, NK] and
-    finds the k-th largest of each row bit by bit: no sort, and no more scores in memory than are being
-    looked at. Equal scores at the border are kept in the order of their index.
+    `scores` [heads, rows, room] begins with row `first_row` of the first head.
     """
-    program = tl.program_id(0)
-    mine = scratch + program.to(tl.int64) * ROWS * NK
-    rows, dims = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    chosen, columns = tl.arange(0, SELECT), tl.arange(0, NK)
-    for tile in range(program, tiles, tl.num_programs(0)):
-        head, first = tile // row_tiles, (tile % row_tiles) * ROWS
-        q_at = (head.to(tl.int64) * n_q + first + rows)[:, None] * D + dims[None, :]
-        q_tile = tl.load(q_means + q_at, mask=(first + rows < n_q)[:, None] & (dims < D)[None, :], other=0.0)
-        for start in range(0, n_k, COLUMNS):
-            at = start + tl.arange(0, COLUMNS)
-            k_at = (head.to(tl.int64) * n_k + at)[:, None] * D + dims[None, :]
-            k_tile = tl.load(k_means + k_at, mask=(at < n_k)[:, None] & (dims < D)[None, :], other=0.0)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="tf32x3")
-            tl.store(mine + rows[:, None] * NK + at[None, :], scores, mask=(at < n_k)[None, :])
-        tl.debug_barrier()
-        for group in range(0, ROWS, SELECT):
-            present = (columns < n_k)[None, :] & (chosen < SELECT)[:, None]
-            score = tl.load(mine + (group + chosen)[:, None] * NK + columns[None, :], mask=present, other=float("-inf"))
-            # Order-preserving integers: the sign bit is flipped, and all bits of negative numbers.
-            bits = score.to(tl.int32, bitcast=True)
-            order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-            order = tl.where(present, order, tl.zeros_like(order))
-            wanted = tl.zeros([SELECT], tl.int32) + top
-            if MASS:
-                p = tl.exp2((score - tl.max(score, 1)[:, None]) * scale_log2)
-                p = p / tl.sum(p, 1)[:, None]
-                border = tl.zeros([SELECT], tl.uint32)
-                bit = tl.full([SELECT], 0x80000000, tl.uint32)
-                for _ in range(32):
-                    trial = border | bit
-                    mass = tl.sum(tl.where(order >= trial[:, None], p, 0.0), 1)
-                    border = tl.where(mass > threshold, trial, border)
-                    bit = bit >> 1
-                above = (order > border[:, None]) & present
-                at_border = tl.max(tl.where(order == border[:, None], p, 0.0), 1)
-                room = threshold - tl.sum(tl.where(above, p, 0.0), 1)
-                equal = tl.where(at_border > 0, room / tl.where(at_border > 0, at_border, 1.0), 0.0)
-                within = tl.sum(above.to(tl.int32), 1) + equal.to(tl.int32)
-                wanted = tl.minimum(tl.maximum(wanted, within), n_k)
-            line = head.to(tl.int64) * n_q + first + group + chosen
-            real = first + group + chosen < n_q
-            tl.store(counts + line, wanted, mask=real)
-            if WRITE:
-                border = tl.zeros([SELECT], tl.uint32)
-                bit = tl.full([SELECT], 0x80000000, tl.uint32)
-                for _ in range(32):
-                    trial = border | bit
-                    enough = tl.sum((order >= trial[:, None]).to(tl.int32), 1) >= wanted
-                    border = tl.where(enough, trial, border)
-                    bit = bit >> 1
-                above = order > border[:, None]
-                equal = (order == border[:, None]) & present
-                short = wanted - tl.sum(above.to(tl.int32), 1)
-                keep = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= short[:, None]))
-                place = tl.cumsum(keep.to(tl.int32), 1) - 1
-                tl.store(
-                    kept + line[:, None] * width + place,
-                    tl.zeros([SELECT, NK], tl.int32) + columns[None, :],
-                    mask=keep & real[:, None],
-                )
-        tl.debug_barrier()
+    here = tl.program_id(2)
+    head = first_head + here
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real_row, real_col = row < rows, col < n_k
+    q_at = q_means + (head.to(tl.int64) * n_q + first_row + row)[:, None] * D
+    k_at = k_means + (head.to(tl.int64) * n_k + col)[:, None] * D
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, D, STEP):
+        dims = start + tl.arange(0, STEP)
+        q_tile = tl.load(q_at + dims[None, :], mask=real_row[:, None] & (dims < D)[None, :], other=0.0)
+        k_tile = tl.load(k_at + dims[None, :], mask=real_col[:, None] & (dims < D)[None, :], other=0.0)
+        acc = tl.dot(q_tile, tl.trans(k_tile), acc, input_precision="tf32x3")
+    at = scores + (here.to(tl.int64) * rows + row)[:, None] * room + col[None, :]
+    tl.store(at, acc, mask=real_row[:, None] & real_col[None, :])
+
+
+@triton.jit
+def choose_kernel(
+    scores, kept, counts,
+    first_head, first_row, rows, n_q, n_k, room, width, top, threshold, scale_log2,
+    NK: tl.constexpr, MASS: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """One program: the ascending list of key blocks that one query block keeps, from its row of `scores`.
+
+    The k-th largest score is found bit by bit: no sort. Equal scores at the border are kept in order of their index.
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    columns = tl.arange(0, NK)
+    present = columns < n_k
+    mine = scores + (head.to(tl.int64) * rows + row) * room
+    score = tl.load(mine + columns, mask=present, other=float("-inf"))
+    # Order-preserving integers: the sign bit is flipped, and all bits of negative numbers.
+    bits = score.to(tl.int32, bitcast=True)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    order = tl.where(present, order, tl.zeros_like(order))
+    wanted = top
+    if MASS:
+        p = tl.exp2((score - tl.max(score, 0)) * scale_log2)
+        p = p / tl.sum(p, 0)
+        border = tl.zeros([], tl.uint32)
+        bit = tl.full([], 0x80000000, tl.uint32)
+        for _ in range(32):
+            trial = border | bit
+            mass = tl.sum(tl.where(order >= trial, p, 0.0), 0)
+            border = tl.where(mass > threshold, trial, border)
+            bit = bit >> 1
+        above = (order > border) & present
+        at_border = tl.max(tl.where(order == border, p, 0.0), 0)
+        rest = threshold - tl.sum(tl.where(above, p, 0.0), 0)
+        equal_ones = tl.where(at_border > 0, rest / tl.where(at_border > 0, at_border, 1.0), 0.0)
+        within = tl.sum(above.to(tl.int32), 0) + equal_ones.to(tl.int32)
+        wanted = tl.minimum(tl.maximum(top, within), n_k)
+    line = (first_head + head).to(tl.int64) * n_q + first_row + row
+    tl.store(counts + line, wanted)
+    if WRITE:
+        border = tl.zeros([], tl.uint32)
+        bit = tl.full([], 0x80000000, tl.uint32)
+        for _ in range(32):
+            trial = border | bit
+            enough = tl.sum((order >= trial).to(tl.int32), 0) >= wanted
+            border = tl.where(enough, trial, border)
+            bit = bit >> 1
+        above = order > border
+        equal = (order == border) & present
+        short = wanted - tl.sum(above.to(tl.int32), 0)
+        # One running sum counts both kinds: how many lie above in the low half, how many at the border in the high.
+        counted = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+        nth_equal = counted >> 16
+        keep = above | (equal & (nth_equal <= short))
+        place = (counted & 0xFFFF) + tl.minimum(nth_equal, short) - 1
+        tl.store(kept + line * width + place, columns, mask=keep)
 
 
 class Rows(NamedTuple):
@@ -394,20 +419,27 @@ def _choose(
     *,
     write: bool,
 ) -> None:
+    """Fill `counts`, and with `write` `kept`: some query blocks at a time, so that their scores stay in cache."""
     b, h, n_q, d = q_means.shape
     n_k = k_means.shape[2]
-    wide = max(triton.next_power_of_2(n_k), _CHOOSE_COLUMNS)
-    row_tiles = triton.cdiv(n_q, _CHOOSE_ROWS)
-    tiles = b * h * row_tiles
-    programs = min(tiles, 2 * _multiprocessors(q_means.device))
-    scratch = torch.empty(programs, _CHOOSE_ROWS, wide, dtype=torch.float32, device=q_means.device)
-    choose_kernel[(programs,)](
-        q_means.contiguous(), k_means.contiguous(), scratch, kept, counts,
-        tiles, row_tiles, n_q, n_k, kept.shape[-1], top, 0.0 if cdf is None else cdf, d**-0.5 * LOG2_E,
-        ROWS=_CHOOSE_ROWS, COLUMNS=_CHOOSE_COLUMNS, SELECT=_SELECT_ROWS, NK=wide,
-        D=d, WIDE=max(16, triton.next_power_of_2(d)), MASS=cdf is not None, WRITE=write,
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
+    if n_k > _MOST_KEY_BLOCKS:
+        raise ValueError(f"k: {n_k} blocks, at most {_MOST_KEY_BLOCKS} can be chosen from")
+    q_means, k_means = q_means.contiguous(), k_means.contiguous()
+    tile = SCORE_TILE["ROWS"]
+    room = triton.cdiv(n_k, 32) * 32
+    some = min(n_q, max(tile, _SCORES // room // tile * tile))
+    together = min(b * h, max(1, _SCORES // (some * room)))
+    scores = torch.empty(together, some, room, dtype=torch.float32, device=q_means.device)
+    for head, row in itertools.product(range(0, b * h, together), range(0, n_q, some)):
+        heads, rows = min(together, b * h - head), min(some, n_q - row)
+        scores_kernel[(triton.cdiv(rows, tile), triton.cdiv(n_k, SCORE_TILE["COLUMNS"]), heads)](
+            q_means, k_means, scores, head, row, rows, n_q, n_k, room, **SCORE_TILE, D=d, **SCORE_OPTIONS
+        )
+        choose_kernel[(rows, heads)](
+            scores, kept, counts,
+            head, row, rows, n_q, n_k, room, kept.shape[-1], top, 0.0 if cdf is None else cdf, d**-0.5 * LOG2_E,
+            NK=triton.next_power_of_2(n_k), MASS=cdf is not None, WRITE=write, **CHOOSE_OPTIONS,
+        )  # fmt: skip
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -466,7 +498,7 @@ def launch_forward(
         tiles.source(rq, tiles.block_q), tiles.source(rk, tiles.block_k), tiles.source(rv, tiles.block_k),
         tiles.source(ro, tiles.block_q), lse2, kept, counts,
         *rq.strides(), *rk.strides(), *rv.strides(), *ro.strides(),
-        h, kept.shape[-1], d**-0.5 * LOG2_E, shift,
+        h, kept.shape[-1], _RESIDENT * _multiprocessors(q.device), d**-0.5 * LOG2_E, shift,
         **tiles.constants(q), FIXED_SHIFT=fixed, **options,
     )  # fmt: skip
     return out, lse2

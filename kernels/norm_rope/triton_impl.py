@@ -37,18 +37,25 @@ def norm_rope_kernel(
         # A pair of columns holds cosine and sine of one pair of values.
         turn = tl.load(table + at[:, None] * D + cols[None, :], mask=real, other=0.0)
         cos, sin = tl.split(turn.reshape(TOKENS, WIDE // 2, 2))
-    for h in range(group * HEADS, tl.minimum(group * HEADS + HEADS, heads)):
-        head = tl.zeros([], tl.int64) + h
-        here = x + b * x_batch + head * x_head + rows.to(tl.int64)[:, None] * x_stride + cols[None, :]
-        value = tl.load(here, mask=real, other=0.0).to(tl.float32)
+    first, last = group * HEADS, tl.minimum(group * HEADS + HEADS, heads)
+    here = x + b * x_batch + rows.to(tl.int64)[:, None] * x_stride + cols[None, :]
+    there = (
+        out + b * out_batch + first.to(tl.int64) * out_head + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
+    )
+    following = tl.load(here + first.to(tl.int64) * x_head, mask=real, other=0.0)
+    for h in range(first, last):
+        # The next head is asked for before this one is worked on; after the last, that one again.
+        value = following.to(tl.float32)
+        ahead = tl.minimum(tl.zeros([], tl.int32) + h + 1, last - 1).to(tl.int64)
+        following = tl.load(here + ahead * x_head, mask=real, other=0.0)
         root = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
         value = (value * root[:, None] * scale[None, :]).to(TYPE).to(tl.float32)
         if ROTATE:
             even, odd = tl.split(value.reshape(TOKENS, WIDE // 2, 2))
             value = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(TOKENS, WIDE)
         rounded = value.to(TYPE)
-        there = out + b * out_batch + head * out_head + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
         tl.store(there, rounded, mask=real)
+        there += out_head
         if MEANS:
             mean = tl.sum(rounded.to(tl.float32), 0) / TOKENS
             line = (b * heads + h) * tl.num_programs(0) + tile

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.linear.triton_impl import quantise_row, row_quantisation
 
-_COLUMNS = 2048
+_ROWS, _COLUMNS = 4, 1024
 OPTIONS = {"num_warps": 4, "num_stages": 1}
 QUANTISED_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
@@ -22,11 +22,15 @@ def _gated(a, b, cols, real):
 
 
 @triton.jit
-def swiglu_kernel(a, b, out, a_row, b_row, columns, COLUMNS: tl.constexpr, TYPE: tl.constexpr):
-    """One program: COLUMNS values of one row; out is contiguous."""
-    row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    real = cols < columns
-    tl.store(out + row * columns + cols, _gated(a + row * a_row, b + row * b_row, cols, real).to(TYPE), mask=real)
+def swiglu_kernel(
+    a, b, out, a_row, b_row, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TYPE: tl.constexpr
+):  # fmt: skip
+    """One program: COLUMNS values of each of ROWS rows, which are asked for at once; out is contiguous."""
+    first, cols = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    real = (row < rows) & (cols < columns)[None, :]
+    value = _gated(a + row * a_row, b + row * b_row, cols[None, :], real)
+    tl.store(out + row * columns + cols[None, :], value.to(TYPE), mask=real)
 
 
 @triton.jit
@@ -48,9 +52,9 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     rows, columns = flat_a.shape
     out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    swiglu_kernel[(rows, triton.cdiv(columns, _COLUMNS))](
-        flat_a, flat_b, out, flat_a.stride(0), flat_b.stride(0), columns,
-        COLUMNS=_COLUMNS, TYPE=types[a.dtype], **OPTIONS,
+    swiglu_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))](
+        flat_a, flat_b, out, flat_a.stride(0), flat_b.stride(0), rows, columns,
+        ROWS=_ROWS, COLUMNS=_COLUMNS, TYPE=types[a.dtype], **OPTIONS,
     )  # fmt: skip
     return out
 
