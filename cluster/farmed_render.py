@@ -147,12 +147,10 @@ class FarmedRender(Orchestrator):
         """Compare each kind of worker once with the record that the film is pinned to."""
         known = canonical_json(numerics)
         if known not in self._pinned:
-            allow_mixed = self._job.allow_mixed
-            record = with_precision(numerics, self._memory)
-            mixed = await self._io_call(lambda: self._ledger.pin_numerics(record, allow_mixed=allow_mixed))
+            mixed = await self._io_call(lambda: self._pin(numerics))
             self._pinned.add(known)
-            self._numerics = self._numerics or record
-            for difference in mixed:
+            self._numerics = self._numerics or with_precision(numerics, self._memory)
+            for difference in sorted(mixed):
                 self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
 
     async def _handle(self, event: ev.Event) -> None:

@@ -29,7 +29,7 @@ from cluster.job import Failed, Greeting, News, Outcome, RenderJob
 from cluster.json_log import is_json_wanted, log_event
 from cluster.metrics import LOOK_S, Meters, ray_instrument
 from cluster.publish import Publisher
-from cluster.recipe import make_plan
+from cluster.recipe import RECIPE_FILE, make_plan
 from pipeline import events as ev
 from pipeline.carrier import carry_out
 from pipeline.errors import LongtakeError
@@ -108,6 +108,7 @@ class Orchestrator:
         self._machine: Machine | None = None
         self._weights: Mapping[str, WeightsParams] = {}
         self._memory = job.recipe.spec.memory
+        self._recorded = False
         self._started = 0
         self._failed_starts = 0
         self._replan_wanted = False
@@ -162,7 +163,10 @@ class Orchestrator:
             await self._handle(event)
             if isinstance(event, ev.Asked):
                 await self._answer(event.request)
-        await self._publish_end(self._finish)
+        if self._finish.exit_code == 0:
+            await self._io_call(self._record_order)
+        if self._recorded:
+            await self._publish_end(self._finish)
         film = self._commits.get(self._publisher.plan.film_task_id)
         return Outcome(self._finish.exit_code, self._finish.message, film)
 
@@ -174,11 +178,22 @@ class Orchestrator:
         # The inputs of tasks are verified when they are used; the film is nobody's input.
         self._ledger.drop_if_damaged(state, plan.film_task_id)
         self._commits = dict(state.commits)
-        self._job.recipe.put(self._store)
+        if self._store.head(RECIPE_FILE) is None:
+            self._record_order()
         self._machine = Machine(plan.tasks, state, epoch=epoch, deadline_s=self._job.deadline_s)
         for problem in state.problems:
             self._story.tell("note", message=problem, warning=True)
         return plan
+
+    def _record_order(self) -> None:
+        """From now on `recipe.json` says that this is what is rendered here.
+
+        In the place of another recipe not before a worker was found to compute like the record that the render is
+        pinned to: a render that is refused leaves the folder as the one before it did.
+        """
+        if not self._recorded:
+            self._job.recipe.put(self._store)
+            self._recorded = True
 
     def _hire(self, plan: Plan) -> None:
         left = sum(task_id not in self._commits for task_id in plan.tasks)
@@ -287,10 +302,9 @@ class Orchestrator:
             await self._welcome(member, greetings)
 
     async def _welcome(self, member: Member, greetings: tuple[Greeting, ...]) -> None:
-        first, mixed = greetings[0], set[str]()
+        first = greetings[0]
         try:
-            for greeting in greetings:
-                mixed |= set(await self._io_call(partial(self._pin, greeting)))
+            mixed = await self._io_call(lambda: self._pin(*(greeting.numerics for greeting in greetings)))
         except LongtakeError as error:
             self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
             return
@@ -303,9 +317,14 @@ class Orchestrator:
         about, roles = (member.worker_id, member.door.node_id), self._job.placement.roles_of(member.door.size)
         self._put(ev.WorkerJoined(time.monotonic(), *about, roles=roles, host=first.host))
 
-    def _pin(self, greeting: Greeting) -> tuple[str, ...]:
-        numerics = with_precision(greeting.numerics, self._memory)
-        return self._ledger.pin_numerics(numerics, allow_mixed=self._job.allow_mixed)
+    def _pin(self, *members: Mapping[str, Any]) -> set[str]:
+        """How a worker's processes differ from the record that the render is pinned to, if that is allowed."""
+        mixed = set[str]()
+        for numerics in members:
+            record = with_precision(numerics, self._memory)
+            mixed |= set(self._ledger.pin_numerics(record, allow_mixed=self._job.allow_mixed))
+        self._record_order()
+        return mixed
 
     async def _wait_for_place(self, worker_id: str, size: int) -> None:
         """A cluster that has lost machines may have no place for a worker for hours: nobody's failure."""

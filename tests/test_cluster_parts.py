@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cluster.door import Door
-from cluster.job import RenderJob
+from cluster.job import Failed, Greeting, RenderJob, WorkerSettings
 from cluster.orchestrator import Member, Orchestrator, Story, fate_of, first_line, lost_worker
 from cluster.placement import place_workers
 from cluster.places import default_store
@@ -26,7 +26,7 @@ from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import useful_workers
 from cluster.session import sweep_abandoned
 from pipeline.errors import SettingError
-from pipeline.events import NodeDraining, PhaseProgress, ProgressSummary
+from pipeline.events import Fault, NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
 from pipeline.spec import parse_spec
 from pipeline.store import LocalStore
@@ -300,6 +300,50 @@ def test_a_preemption_notice_is_passed_on_once_and_a_silent_head_asked_again(
         return [(event.node_id, event.deadline_s) for event in heard if isinstance(event, NodeDraining)]
 
     assert asyncio.run(watch()) == [("n1", 30.0), ("n2", None)]
+
+
+def test_a_render_that_is_refused_leaves_the_recipe_and_the_report_of_what_was_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.orchestrator.DRAIN_S", 1e9)
+    monkeypatch.setattr("cluster.orchestrator.draining_nodes", dict)
+    place = place_workers({"CPU": 1.0}, device="cpu", workers=1, threads=None, useful=1)
+    library = {"torch": "1"}
+
+    class Worker:
+        size, node_id, broken = 1, "n1", ""
+
+        def __init__(self, *about: object) -> None:
+            pass
+
+        async def greet(self) -> tuple[Greeting, ...]:
+            return (Greeting("n1", "host", 1, dict(library)),)
+
+        async def assume(self, *about: object) -> Failed:
+            return Failed(Fault("user", "a checkpoint that cannot be read"))
+
+        async def dismiss(self) -> None:
+            pass
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr("cluster.orchestrator.Door", Worker)
+    settings = WorkerSettings(str(tmp_path), "/somewhere", "cpu", "float32", 1, None, 1, "/tmp")
+    written, changed = recipe(), recipe(shots=("star",))
+
+    def render(order: Recipe, allow_mixed: bool = False) -> str:
+        job = RenderJob(str(tmp_path), order, place, settings, allow_mixed=allow_mixed)
+        return asyncio.run(Orchestrator(job).run()).message
+
+    store = LocalStore(tmp_path)
+    assert "cannot be read" in render(written)
+    before = store.read("report.json")
+    library["torch"] = "2"
+    assert "another numerics record" in render(changed)
+    assert load_recipe(store) == written and store.read("report.json") == before
+    assert "cannot be read" in render(changed, allow_mixed=True)
+    assert load_recipe(store) == changed and store.read("report.json") != before
 
 
 def test_an_error_is_told_in_one_line() -> None:
