@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from pipeline.recurring import (
 from pipeline.rows import read_rows
 from pipeline.schedule_log import ScheduleLog, schedule_ids
 from pipeline.schedule_turn import Runner, RunOutcome, advance
-from pipeline.spec import load_template
+from pipeline.spec import Storyboard, load_template
 from pipeline.store import Store, open_store
 
 
@@ -77,14 +77,15 @@ def add_schedule(
     definition = Definition(
         id=name,
         cron=parse_cron(cron, time_zone),
-        storyboard=load_template(film),
+        storyboard=with_checkpoint(load_template(film)),
         # A farm, or a clock elsewhere, has another folder to be in.
         renders=open_store(renders).url,
         overlap=overlap,
         rows=read_rows(rows) if rows is not None else (),
+        folder=str(Path.cwd()),
     )
     now_s = time.time()
-    check_definition(definition, now_s)
+    check_files(check_definition(definition, now_s))
 
     def add(state: State) -> Entry:
         if state.definition is not None:
@@ -95,6 +96,22 @@ def add_schedule(
     _append(ScheduleLog(open_store(place), name), add)
     print(f"{name}: next {_moment(_next_s(definition, now_s), definition)}")
     return 0
+
+
+def with_checkpoint(template: Mapping[str, Any]) -> dict[str, Any]:
+    """The template, with a checkpoint folder of this machine by its whole path."""
+    name = template.get("checkpoint")
+    is_folder = isinstance(name, str) and name != "pocket" and Path(name).expanduser().is_dir()
+    return {**template, "checkpoint": str(Path(str(name)).expanduser().resolve())} if is_folder else dict(template)
+
+
+def check_files(films: Iterable[Storyboard]) -> None:
+    """Raise SettingError for a file that a film names and that is not there."""
+    names = {name for film in films for name in (*film.media_paths(), *(lora.file for lora in film.loras))}
+    for name in sorted(names):
+        if not Path(name).is_file():
+            remedy = "Paths are taken from the folder of this command; whoever renders has to reach them, too."
+            raise SettingError("is not there", field="storyboard", value=name, remedy=remedy)
 
 
 def remove_schedule(place: str, name: str) -> int:

@@ -12,6 +12,7 @@ it. Ticks that nobody looked at (nothing ran) are made up for by one run, for th
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +31,8 @@ LONGEST_ID = 40
 MOST_ROWS = 10_000
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _RESERVED = ("date", "time", "counter", "schedule")
+_FILES = (("shots", "image"), ("shots", "video"), ("output", "soundtrack"), ("loras", "file"))
+"""Where a storyboard names files that are read."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Definition:
     """Folder or address; a run's store is a folder of its own there."""
     overlap: Overlap = "skip"
     rows: tuple[Mapping[str, Value], ...] = ()
+    folder: str = ""
+    """Where files that the storyboard names without a leading slash are looked up: whoever renders is elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,7 @@ def expand(definition: Definition, claim: Claimed) -> Storyboard:
     """The template with the values of one run. Raises SpecError."""
     try:
         filled = _fill(definition.storyboard, values_of(definition, claim))
-        return parse_spec(canonical_json(filled))
+        return parse_spec(canonical_json(_anchor(filled, definition.folder)))
     except SpecError as error:
         raise SpecError(str(error), field=f"{definition.id}, run {claim.counter}") from None
 
@@ -272,6 +277,15 @@ def _fill(data: Any, values: Mapping[str, Value]) -> Any:
     return _VARIABLE.sub(lambda found: str(_value(found[1], values)), data)
 
 
+def _anchor(data: Any, folder: str, place: tuple[str, ...] = ()) -> Any:
+    """`data` with the files that it names taken from `folder`."""
+    if isinstance(data, Mapping):
+        return {key: _anchor(value, folder, (*place, key)) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_anchor(value, folder, place) for value in data]
+    return posixpath.join(folder, data) if isinstance(data, str) and place in _FILES else data
+
+
 def _value(name: str, values: Mapping[str, Value]) -> Value:
     if name not in values:
         remedy = f"There are {', '.join(sorted(values))}."
@@ -286,8 +300,8 @@ def check_schedule_id(schedule_id: str) -> None:
         raise SettingError("is not a name", field="schedule", value=schedule_id, remedy=remedy)
 
 
-def check_definition(definition: Definition, now_s: float) -> None:
-    """Every film that the schedule will ever order is one. Raises SettingError, SpecError."""
+def check_definition(definition: Definition, now_s: float) -> list[Storyboard]:
+    """Every film that the schedule will ever order. Raises SettingError, SpecError if one is none."""
     check_schedule_id(definition.id)
     if len(definition.rows) > MOST_ROWS:
         raise SettingError("has too many rows", field="--rows", value=len(definition.rows), remedy=f"{MOST_ROWS} fit.")
@@ -295,8 +309,8 @@ def check_definition(definition: Definition, now_s: float) -> None:
         if column in _RESERVED:
             remedy = "Name the column otherwise."
             raise SettingError("is taken: a variable of every run", field="--rows", value=column, remedy=remedy)
-    for counter in range(1, max(1, len(definition.rows)) + 1):
-        expand(definition, Claimed(now_s, now_s, counter))
+    counters = range(1, max(1, len(definition.rows)) + 1)
+    return [expand(definition, Claimed(now_s, now_s, counter)) for counter in counters]
 
 
 def entry_to_json(entry: Entry) -> dict[str, Any]:

@@ -133,6 +133,29 @@ def test_what_cannot_be_is_refused_with_the_reason(
     assert not Path("schedules").exists() and renderer.films == []
 
 
+def test_files_are_those_of_the_folder_in_which_it_was_added(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Path.cwd()
+    shot = {"duration": "2s", "prompt": "a ${colour} circle", "image": "${colour}.png"}
+    film = {"checkpoint": "weights", "shots": [shot], "output": {"path": "out.mp4", "soundtrack": "wind.wav"}}
+    Path("film.yaml").write_text(yaml.safe_dump(film))
+    Path("weights").mkdir()
+    places = ["--schedules", str(here / "schedules"), "--renders", str(here / "renders")]
+    Path("red.png").touch()
+    for missing in ("blue.png", "wind.wav"):
+        assert add(*places) == 2, "every file of every run is looked for"
+        assert str(here / missing) in capsys.readouterr().err
+        Path(missing).touch()
+    assert add(*places) == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert main(["schedule", "run-now", "news", *places[:2]]) == 0
+    [made] = renderer.films
+    assert (made["shots"][0]["image"], made["checkpoint"]) == (str(here / "red.png"), str(here / "weights"))
+    assert made["output"] == {**made["output"], "path": "out.mp4", "soundtrack": str(here / "wind.wav")}
+
+
 def test_adding_twice_is_refused(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:
     assert (add(), add()) == (0, 2)
     assert "remove news" in capsys.readouterr().err
