@@ -28,7 +28,7 @@ NEGATIVE_PROMPT = (
     "wrong anatomy, extra fingers or limbs, distorted faces, crowded background, subtitles, captions, logos, "
     "watermarks, borders"
 )
-"""What guidance steers away from unless a request names something else."""
+"""What guidance steers away from unless a request names something else. `pipeline.facts` has the same words."""
 
 
 def clean_prompt(prompt: str) -> str:

@@ -44,11 +44,15 @@ REFINED_SIZES = [
 """The 720p class, [height_px, width_px]; multiples of 64, so that the refined token grid divides by 4."""
 
 NEGATIVE_PROMPT = (
-    "overexposed, flat grey tones, blurred details, subtitles, watermark, still picture, low resolution, "
-    "compression blocks, distorted anatomy, extra fingers, malformed hands and faces, fused limbs, "
-    "cluttered background, crowd in the background, walking backwards"
+    "washed out or oversaturated colours, too bright, too dark, flat light, blurry, out of focus, noise, "
+    "compression blocks, ghosting, flicker, a frozen picture, jerky motion, things that melt, split or pop, "
+    "wrong anatomy, extra fingers or limbs, distorted faces, crowded background, subtitles, captions, logos, "
+    "watermarks, borders"
 )
-"""What guidance steers away from when a shot says nothing; `negative_prompt` of a shot replaces it."""
+"""What guidance steers away from when neither a shot nor its checkpoint's `render.json` says something else.
+
+`model.text` has the same words for those who use the model alone or train it: a test holds the two together.
+"""
 
 
 class Frozen(BaseModel):

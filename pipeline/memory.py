@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pipeline.facts import REFINE_GRANULARITY, RenderFacts
 from pipeline.spec import Memory
 from pipeline.tasks import Role, Task
+from pipeline.times import format_bytes
 
 NUMBER_BYTES = 2
 PART_TOKENS = 32_768
@@ -69,10 +70,11 @@ class RoleMemory:
     host: int
 
     def describe(self) -> str:
-        """In one line for a person."""
+        """In one line for a person; what is nothing is left out."""
         names = ("weights", "vae", "cache", "denoising", "decoding")
-        parts = ", ".join(f"{name} {getattr(self, name) / 1e9:.1f}" for name in names if getattr(self, name))
-        return f"{self.role}: card {self.card / 1e9:.1f} GB, host {self.host / 1e9:.1f} GB ({parts})"
+        parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in names if getattr(self, name))
+        host = f", host {format_bytes(self.host)}" if self.host else ""
+        return f"{self.role}: card {format_bytes(self.card)}{host} ({parts})"
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,10 @@ def too_small(found: Iterable[RoleMemory], least: Mapping[Role, RoleMemory], car
         if need.card <= card_bytes:
             continue
         other = least[need.role].card
-        line = f"{need.role} does not fit on a card of {card_bytes / 1e9:g} GB: about {need.card / 1e9:.1f} GB"
+        line = f"{need.role} does not fit on a card of {card_bytes / 1e9:g} GB: about {format_bytes(need.card)}"
         if other < need.card:
             setting = "memory: {" + ", ".join(f"{name}: {value}" for name, value in LEAST.model_dump().items()) + "}"
             verdict = "which fits" if other <= card_bytes else "which does not fit either"
-            line += f"; with `{setting}` it is about {other / 1e9:.1f} GB, {verdict}"
+            line += f"; with `{setting}` it is about {format_bytes(other)}, {verdict}"
         lines.append(line)
     return lines

@@ -72,7 +72,7 @@ from pipeline.plan_units import Cut, Joined, add_film, make_cut
 from pipeline.spec import Storyboard, storyboard_error
 from pipeline.takes import ShotPlace, Take, lay_out, places_by_id, rates_of, seconds_in_shot
 from pipeline.tasks import Task
-from pipeline.times import hms, timecode
+from pipeline.times import format_bytes, hms, timecode
 
 __all__ = [
     "BlendParams",
@@ -437,5 +437,5 @@ def _estimate_lines(plan: Plan) -> list[str]:
     guess = plan.estimate
     return [
         f"expected ({guess.basis}): {hms(guess.total_s)} of work, critical path"
-        f" {hms(guess.critical_path_s)}, {guess.disk_bytes / 1e9:.2f} GB in the store",
+        f" {hms(guess.critical_path_s)}, {format_bytes(guess.disk_bytes)} in the store",
     ]

@@ -18,7 +18,9 @@ def hms(seconds: float) -> str:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """`3 kB`, `12 MB`, `1,234 MB`: rounded up."""
-    if size_bytes < 10**6:
-        return f"{math.ceil(size_bytes / 1e3):,} kB"
-    return f"{math.ceil(size_bytes / 1e6):,} MB"
+    """`3 kB`, `12 MB`, `1.2 GB`, to the nearest; what is not nothing is at least 1 kB."""
+    if size_bytes < 999_500:
+        return f"{max(round(size_bytes / 1e3), min(size_bytes, 1))} kB"
+    if size_bytes < 999_500_000:
+        return f"{size_bytes / 1e6:.0f} MB"
+    return f"{size_bytes / 1e9:,.1f} GB"

@@ -133,13 +133,23 @@ def test_plan_says_what_memory_each_role_needs_and_what_helps_a_small_card(
     assert main(["plan", film, "--card-gb", "24"]) == 0
     text = capsys.readouterr().out
     assert "estimated, unmeasured" in text
-    assert "refine: card 38.2 GB, host 0.0 GB (weights 27.2" in text
+    assert "refine: card 38.2 GB (weights 27.2 GB, vae 254 MB" in text
     assert "warning: refine does not fit on a card of 24 GB" in text
     least = ["--precision", "weight_only", "--networks", "in_turn", "--condition-cache", "host"]
     assert main(["plan", film, "--card-gb", "24", "--json", *least]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert memory["too_small"] == []
     assert {role["role"] for role in memory["roles"]} == {"text", "chain", "refine", "media"}
+
+
+def test_plan_gives_the_memory_of_a_small_checkpoint_in_units_that_say_something(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", write(storyboard(tiny_checkpoint)), "--condition-cache", "host"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    roles = [line for line in lines if line.startswith(("  text:", "  chain:", "  refine:", "  media:"))]
+    assert len(roles) == 4
+    assert not any("GB" in line or " 0 kB" in line for line in roles), roles
 
 
 def test_the_command_line_takes_what_the_storyboard_does(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

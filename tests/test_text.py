@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model.errors import CheckpointError, InputError
 from model.text import MAX_TEXT_TOKENS, NEGATIVE_PROMPT, TextEncoder, clean_prompt
+from pipeline.facts import RenderFacts
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,10 @@ def test_prompts_are_cleaned(raw, clean):
 def test_default_negative_prompt_is_clean_text():
     assert len(NEGATIVE_PROMPT) > 100
     assert clean_prompt(NEGATIVE_PROMPT) == NEGATIVE_PROMPT
+
+
+def test_storyboards_steer_away_from_what_the_model_was_trained_to_steer_away_from() -> None:
+    assert RenderFacts().negative_prompt == NEGATIVE_PROMPT
 
 
 def test_prompts_are_padded_on_the_right_to_the_full_length(encoder):
