@@ -1,5 +1,5 @@
-"""`longtake checkpoint convert|verify|pull`, and the check of a checkpoint's structure that a render makes in
-a child process.
+"""`longtake checkpoint convert|verify|pull`, and the checks of a checkpoint's structure and of LoRA files that a render
+makes in a child process.
 """
 
 from __future__ import annotations
@@ -78,16 +78,24 @@ def check_structure(folder: Path) -> int:
     """Print every missing, unexpected or misshapen tensor; 0 if there is none, otherwise 2. Reads headers
     only.
     """
-    from model.shards import PICKLE_SUFFIXES
     from model.verify import structure_problems
 
     problems = [line.replace(f"{folder}/", "") for line in structure_problems(folder)]
-    if any(line.endswith(PICKLE_SUFFIXES) for line in problems):
-        problems.append("a pickle could run code and is never opened: keep safetensors files only")
     if problems:
         print("\n  ".join([f"{folder}: is damaged or incomplete", *problems]))
     return 2 if problems else 0
 
 
+def check_lora(folder: Path, file: Path) -> int:
+    """Print what is wrong with a LoRA file for the weights of a checkpoint folder; 0 if nothing is, otherwise 2."""
+    from model.verify import lora_problems
+
+    problems = [line.removeprefix(f"{file}: ") for line in lora_problems(folder, file)]
+    if problems:
+        print("\n  ".join(["cannot be used", *problems]))
+    return 2 if problems else 0
+
+
 if __name__ == "__main__":
-    sys.exit(check_structure(Path(sys.argv[2])))
+    what, *paths = sys.argv[1:]
+    sys.exit(check_lora(*map(Path, paths)) if what == "lora" else check_structure(*map(Path, paths)))

@@ -40,6 +40,7 @@ def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Seque
     check_store(store)
     check_space(plan, store, left)
     check_checkpoint(recipe.facts.checkpoint)
+    check_loras(recipe)
 
 
 def check_writable(target: Path) -> None:
@@ -67,6 +68,9 @@ def check_store(store: Store) -> None:
         store.delete(PROBE_FILE)
     except SettingError as error:
         raise SettingError(error.message, field="--store", value=store.url, remedy=error.remedy) from error
+    except FileNotFoundError as error:
+        remedy = "Name a writable folder."
+        raise SettingError("no folder can be made there", field="--store", value=store.url, remedy=remedy) from error
 
 
 def check_gang(folder: Path, size: int) -> None:
@@ -113,12 +117,33 @@ def check_checkpoint(checkpoint: CheckpointFacts) -> None:
 
     Done once for each digest: what has this digest and was found good stays good.
     """
-    passed = _cache_folder() / f"{checkpoint.digest[:32]}-{RECIPE_VERSION}"
-    if not passed.exists():
-        _check_structure(Path(checkpoint.path))
+    if wrong := _findings(checkpoint.digest[:32], "structure", checkpoint.path):
+        remedy = "Get the files again, or name another checkpoint."
+        raise CheckpointFault(wrong, field="checkpoint", remedy=remedy)
+
+
+def check_loras(recipe: Recipe) -> None:
+    """Whether the storyboard's LoRA files are whole and fit the checkpoint's weights. Raises SettingError."""
+    checkpoint = recipe.facts.checkpoint
+    for index, lora in enumerate(recipe.spec.loras):
+        both = f"{checkpoint.digest[:32]}-{recipe.facts.loras[lora.file][:32]}"
+        if wrong := _findings(both, "lora", checkpoint.path, lora.file):
+            remedy = "Get the file again, or name another one."
+            raise SettingError(f"{lora.file} {wrong}", field=f"loras[{index}].file", remedy=remedy)
+
+
+def _findings(name: str, *check: str) -> str:
+    """What a check of `cluster.checkpoints` finds, "" if nothing; what was found good under this name is not looked
+    at again. Raises CheckpointFault, SettingError where the check itself fails."""
+    passed = _cache_folder() / f"{name}-{RECIPE_VERSION}"
+    if passed.exists():
+        return ""
+    found = _run_check(*check)
+    if not found:
         with contextlib.suppress(OSError):
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
+    return found
 
 
 def _cache_folder() -> Path:
@@ -126,13 +151,12 @@ def _cache_folder() -> Path:
     return Path(base) / "longtake" / "checked"
 
 
-def _check_structure(folder: Path) -> None:
-    command = [sys.executable, "-m", "cluster.checkpoints", "structure", str(folder)]
+def _run_check(*check: str) -> str:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", "cluster.checkpoints", *check],
             capture_output=True,
             text=True,
             timeout=CHECK_LIMIT_S,
@@ -141,11 +165,8 @@ def _check_structure(folder: Path) -> None:
         )
     except subprocess.TimeoutExpired as error:
         message = f"its files could not be read within {CHECK_LIMIT_S:.0f} s"
-        raise CheckpointFault(message, field="checkpoint", value=str(folder)) from error
-    if done.returncode == 2:
-        remedy = "Get the files again, or name another checkpoint."
-        raise CheckpointFault(done.stdout.strip(), field="checkpoint", remedy=remedy)
-    if done.returncode != 0:
+        raise CheckpointFault(message, field="checkpoint", value=check[1]) from error
+    if done.returncode not in (0, 2):
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        message = f"its check did not run: {last_line}"
-        raise SettingError(message, field="checkpoint", value=str(folder))
+        raise SettingError(f"its check did not run: {last_line}", field="checkpoint", value=check[1])
+    return done.stdout.strip()

@@ -54,8 +54,8 @@ def probe_facts(spec: Storyboard, *, device: str, gpu_type: str | None = None, a
     checkpoint = CheckpointFacts("", UNKNOWN_DIGEST) if is_absent else probe_checkpoint(spec.checkpoint)
     paths = spec.media_paths()
     ffmpeg = find_ffmpeg()
-    found = {path: probe_media(path, kind, ffmpeg) for path, kind in paths.items()}
-    loras = {lora.file: _lora_sha256(lora.file) for lora in spec.loras}
+    found = {path: _probe_named(spec, path, kind, ffmpeg) for path, kind in paths.items()}
+    loras = {lora.file: _lora_sha256(f"loras[{index}].file", lora.file) for index, lora in enumerate(spec.loras)}
     pace = find_pace(checkpoint, device, gpu_type)
     return Facts(checkpoint=checkpoint, media=found, loras=loras, pace=pace)
 
@@ -132,6 +132,15 @@ def hub_folder(name: str) -> Path:
     return Path(base) / "longtake" / "checkpoints" / name.replace("/", "--")
 
 
+def _probe_named(spec: Storyboard, path: str, kind: str, ffmpeg: Ffmpeg) -> MediaFacts:
+    """`probe_media`; what it refuses is told with the field of the storyboard that names the file."""
+    try:
+        return probe_media(path, kind, ffmpeg)
+    except InputFileError as error:
+        message, field = f"{path} {error.message}", spec.media_field(path)
+        raise InputFileError(message, field=field, value=error.value, remedy=error.remedy) from error
+
+
 def probe_media(path: str, kind: str, ffmpeg: Ffmpeg) -> MediaFacts:
     """One image, video or soundtrack. Raises InputFileError if it is something else or damaged."""
     info = probe(Path(path), ffmpeg)
@@ -155,11 +164,14 @@ def _article(kind: str) -> str:
     return {"image": "an image", "video": "a video", "audio": "a sound"}[kind]
 
 
-def _lora_sha256(path: str) -> str:
+def _lora_sha256(field: str, path: str) -> str:
     if Path(path).suffix != ".safetensors":
-        remedy = "Pickles are never opened."
-        raise SettingError("a LoRA is a safetensors file", field="loras", value=path, remedy=remedy)
-    return file_sha256(Path(path))
+        remedy = "Name a .safetensors file; pickles are never opened."
+        raise SettingError("is no safetensors file", field=field, value=path, remedy=remedy)
+    try:
+        return file_sha256(Path(path))
+    except InputFileError as error:
+        raise InputFileError(error.message, field=field, value=path, remedy=error.remedy) from error
 
 
 def file_sha256(path: Path) -> str:

@@ -150,10 +150,8 @@ def open_folder(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{folder}: no such folder; a checkpoint keeps these weights there")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise CheckpointError(
-            f"{folder}: holds pickles, which could run code when opened; keep safetensors files only",
-            pickles,
-        )
+        why = "a pickle could run code and is never opened; keep safetensors files only"
+        raise CheckpointError(f"{folder}: holds pickles", [f"{name}: {why}" for name in pickles])
     indices = sorted(folder.glob("*" + INDEX_SUFFIX))
     if len(indices) > 1:
         raise CheckpointError(f"{folder}: holds several indices, keep one", [path.name for path in indices])

@@ -86,7 +86,13 @@ def _structure_checks(folder: Path) -> list[tuple[Callable[[Path], None], Path]]
     for part, check in (("vae", _check_vae), ("text_encoder", _check_text_encoder)):
         if (folder / part).is_dir():
             checks.append((check, folder / part))
-    return checks + [(_check_lora, file) for file in sorted((folder / "lora").glob("*.safetensors"))]
+    loras = sorted((folder / "lora").glob("*.safetensors"))
+    return checks + [(lambda file: _check_lora(folder, file), file) for file in loras]
+
+
+def lora_problems(folder: Path, file: Path) -> list[str]:
+    """What is wrong with a LoRA file, by itself or for the weights of a checkpoint folder, one line for each."""
+    return _findings(lambda file: _check_lora(folder, file), file)
 
 
 def _findings(check: Callable[[Path], None], part: Path) -> list[str]:
@@ -118,9 +124,8 @@ def _check_text_encoder(part: Path) -> None:
     check_names(network, stored, part)
 
 
-def _check_lora(file: Path) -> None:
+def _check_lora(folder: Path, file: Path) -> None:
     lora = read_lora(file)
-    folder = file.parent.parent
     for part in _dit_folders(folder):
         if part.name == "dit" and not _findings(_check_dit, part):
             check_loras([(lora, 1.0)], open_folder(part), file)

@@ -9,6 +9,7 @@ Frames are uint8 [n,h,w,3] RGB, upright. Times are seconds after the film's firs
 from __future__ import annotations
 
 import bisect
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -143,12 +144,17 @@ def probe(path: Path, ffmpeg: Ffmpeg) -> MediaInfo:
             decode_sound(path, ffmpeg)
     except MediaError as error:
         remedy = "Make a clean copy of it, or export it again."
-        raise _refused(path, f"cannot be decoded ({error})", remedy) from error
+        raise _refused(path, f"cannot be decoded ({_cause(error)})", remedy) from error
     by_kind = {stream.head.get("media_type", ""): stream for stream in streams}
     if "video" in by_kind:
         shown, stored = streams[0], streams[1]
         return _film_info(path, shown, stored.head["codec_id"], "audio" in by_kind)
     return _sound_info(path, by_kind["audio"])
+
+
+def _cause(error: MediaError) -> str:
+    """What ffmpeg complained of first, without the names and addresses of its parts; the rest follows from it."""
+    return re.sub(r"\[[^\]]*\] *", "", str(error).partition("\n")[0])
 
 
 @dataclass

@@ -262,6 +262,14 @@ class Storyboard(_Strict):
             paths[self.output.soundtrack] = "audio"
         return paths
 
+    def media_field(self, path: str) -> str:
+        """The first field that names this file, as errors write it: `shots[0].image`."""
+        for index, shot in enumerate(self.shots):
+            for name in ("image", "video"):
+                if getattr(shot, name) == path:
+                    return f"shots[{index}].{name}"
+        return "output.soundtrack"
+
     def as_written(self) -> dict[str, Any]:
         """What `parse_spec` reads back into an equal storyboard: JSON-able, defaults left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)

@@ -205,7 +205,8 @@ def test_folder_with_a_pickle_is_refused_by_name(folder, name):
     (folder / "vae" / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match="holds pickles") as caught:
         load_vae(folder, **CPU)
-    assert caught.value.problems == [name]
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{name}: a pickle could run code")
 
 
 def test_text_encoder_loads_and_refuses_pickles(folder):

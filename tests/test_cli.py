@@ -263,6 +263,19 @@ def _leave_pickle(folder: Path) -> None:
     (folder / "dit/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
 
 
+def _damaged_lora(checkpoint: Path) -> dict[str, Any]:
+    whole = (checkpoint / "lora/refinement_lora.safetensors").read_bytes()
+    Path("short.safetensors").write_bytes(whole[:-1])
+    return storyboard(checkpoint, loras=[{"file": "short.safetensors"}])
+
+
+def _foreign_lora(checkpoint: Path) -> dict[str, Any]:
+    tensors = load_file(checkpoint / "lora/refinement_lora.safetensors")
+    downs = {name: value[:, 1:].clone() for name, value in tensors.items() if name.endswith("lora_down.weight")}
+    save_file(tensors | downs, "other.safetensors")
+    return storyboard(checkpoint, loras=[{"file": "other.safetensors"}])
+
+
 def _output(**output: Any) -> Case:
     return lambda checkpoint: storyboard(checkpoint, output=output)
 
@@ -271,18 +284,23 @@ BAD_INPUT: dict[str, tuple[Case, list[str]]] = {
     "unknown field": (lambda c: storyboard(c, colour="red"), ["colour"]),
     "negative duration": (lambda c: storyboard(c, **_shot(duration="-2s")), ["duration", "-2s", "negative"]),
     "no yaml": (lambda c: "shots: [", ["film.yaml"]),
-    "missing image": (lambda c: storyboard(c, **_shot(image="nowhere.png")), ["nowhere.png"]),
-    "corrupt image": (_corrupt_image, ["start.png", "damaged"]),
-    "unreadable video": (_unreadable_video, ["before.mp4"]),
+    "missing image": (lambda c: storyboard(c, **_shot(image="nowhere.png")), ["shots[0].image: nowhere.png cannot"]),
+    "corrupt image": (_corrupt_image, ["shots[0].image: start.png", "damaged"]),
+    "unreadable video": (_unreadable_video, ["shots[0].video: before.mp4", "(ffmpeg exited with"]),
+    "missing soundtrack": (lambda c: storyboard(c, output={"soundtrack": "no.wav"}), ["output.soundtrack: no.wav"]),
+    "missing LoRA": (lambda c: storyboard(c, loras=[{"file": "no.safetensors"}]), ["loras[0].file", "no.safetensors"]),
+    "damaged LoRA": (_damaged_lora, ["loras[0].file: short.safetensors", "cut short"]),
+    "LoRA of other weights": (_foreign_lora, ["loras[0].file: other.safetensors", "blocks.0.attn.proj"]),
     "playlist as video": (_playlist_as_video, ["before.mp4", "whatever its name says"]),
     "image as video": (lambda c: storyboard(c, **_shot(video=_picture())), ["start.png", "video"]),
     "no such checkpoint": (lambda c: storyboard(Path("nowhere")), ["checkpoint", "nowhere"]),
     "missing tensor": (_changed_checkpoint(_drop_tensor), ["blocks.0.attn.proj.weight", "missing"]),
     "wrong shape": (_changed_checkpoint(_reshape_tensor), ["post_quant_conv.bias", "[15]", "[16]"]),
-    "pickle": (_changed_checkpoint(_leave_pickle), ["pickle", "diffusion_pytorch_model.bin"]),
+    "pickle": (_changed_checkpoint(_leave_pickle), ["diffusion_pytorch_model.bin: a pickle could run code"]),
     "unwritable output": (_output(path="film.yaml/film.mp4"), ["output.path", "film.yaml/film.mp4"]),
     "output is a folder": (_output(path="folder.mp4"), ["output.path", "folder.mp4"]),
     "unwritable store": (lambda c: storyboard(c), ["--store", "film.yaml/render"]),
+    "store where no folder can be": (lambda c: storyboard(c), ["--store: no folder", "/proc/render"]),
     "unknown shot": (lambda c: storyboard(c), ["--shots", "two", "one"]),
 }
 
@@ -299,13 +317,18 @@ def test_bad_input_fails_before_rendering_with_one_clear_message(
     make_case, words = BAD_INPUT[name]
     (here / "folder.mp4").mkdir()
     write(make_case(tiny_checkpoint))
-    options = {"unknown shot": ["--shots", "two"], "unwritable store": ["--store", "film.yaml/render"]}
+    options = {
+        "unknown shot": ["--shots", "two"],
+        "unwritable store": ["--store", "film.yaml/render"],
+        "store where no folder can be": ["--store", "/proc/render"],
+    }
     assert main(["render", "film.yaml", *options.get(name, [])]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Traceback" not in captured.err
     for word in words:
         assert word in captured.err, captured.err
+    assert all(line.startswith("  ") for line in captured.err.splitlines()[1:]), "one message, and its list"
     assert not list(here.glob("renders/*/attempts")), "nothing may have run"
 
 
