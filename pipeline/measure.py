@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import cv2
 import numpy as np
@@ -208,9 +209,15 @@ def similarity(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 def _flow(now: NDArray[np.uint8], before: NDArray[np.uint8]) -> Picture:
     """Where each pixel of `now` was in `before`: now[y,x] = before[y + flow_y, x + flow_x]; [h,w,2]."""
+    return np.asarray(_flow_search().calc(now, before, None), dtype=np.float32)
+
+
+@cache
+def _flow_search() -> cv2.DISOpticalFlow:
+    """Made once: it keeps its buffers, and nothing of one pair of pictures for the next."""
     search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     search.setFinestScale(1)
-    return np.asarray(search.calc(now, before, None), dtype=np.float32)
+    return search
 
 
 def headings(flow_back: Picture | None) -> Floats:
@@ -237,10 +244,16 @@ def _surprise(before: _Seen, luma: NDArray[np.uint8]) -> float:
 
 def _pull(picture: Picture, flow: Picture) -> Picture:
     """picture[y + flow_y, x + flow_x] for every pixel, bilinear, the edge repeated."""
-    height_px, width_px = flow.shape[:2]
-    x, y = np.meshgrid(np.arange(width_px, dtype=np.float32), np.arange(height_px, dtype=np.float32))
+    x, y = _pixel_places(*flow.shape[:2])
     pulled = cv2.remap(picture, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(pulled, dtype=np.float32)
+
+
+@cache
+def _pixel_places(height_px: int, width_px: int) -> tuple[Picture, Picture]:
+    """x and y of every pixel, [h,w] each."""
+    x, y = np.meshgrid(np.arange(width_px, dtype=np.float32), np.arange(height_px, dtype=np.float32))
+    return x, y
 
 
 def _fault_measures(rgb: Picture, luma: NDArray[np.uint8]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pipeline.errors import QualityError
 from pipeline.faults import find_faults, flicker
 from pipeline.measure import FilmMeter, Floats, sharpness, similarity
 from pipeline.quality import FrameGate
-from pipeline.seams import Seam, score_seams, stand_out
+from pipeline.seams import Seam, quantile, score_seams, stand_out
 from tests.joined_films import JOIN_KINDS, detect, draw, joined_pieces, plain_piece
 
 FPS = 15
@@ -224,6 +224,14 @@ def test_a_seam_outside_of_the_film_is_an_error() -> None:
     table = table_of(pan(np.arange(30.0)))
     with pytest.raises(ValueError, match="outside"):
         score_seams(table, [Seam(30, "given")], stand_out(table))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_quantiles_of_a_neighbourhood_leave_out_what_is_not_there(share: float) -> None:
+    rows = np.random.default_rng(3).gamma(1.0, 1.0, (40, 57))
+    rows[:20, :20], rows[10:30, 30:] = np.nan, np.nan
+    rows[35, 1:] = np.nan
+    np.testing.assert_allclose(quantile(rows, share), np.nanpercentile(rows, 100 * share, axis=1), rtol=1e-14)
 
 
 def test_hard_joins_of_every_kind_are_found_and_no_others() -> None:

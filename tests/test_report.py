@@ -15,7 +15,7 @@ from pipeline import media, report
 from pipeline.errors import QualityError
 from pipeline.quality import FrameGate
 from pipeline.tasks import ArtifactFile, CommitRecord, Task
-from pipeline.times import timecode
+from pipeline.times import format_bytes, timecode
 
 
 def tiles(count: int, height: int = 80, width: int = 120) -> list[report.Tile]:
@@ -54,6 +54,11 @@ def test_an_empty_sheet_and_a_long_name_are_no_error() -> None:
         np.zeros((40, 60, 3), np.uint8), "a-shot-with-a-very-long-name-indeed-and-more", 7261.25
     )
     assert opened(report.contact_sheet("", [long])).size
+
+
+def test_sizes_are_told_in_units_that_say_something() -> None:
+    sizes = (0, 1, 999_499, 999_500, 97_400_000, 999_500_000, 38_240_000_000)
+    assert [format_bytes(size) for size in sizes] == ["0 kB", "1 kB", "999 kB", "1 MB", "97 MB", "1.0 GB", "38.2 GB"]
 
 
 def test_timecodes_count_minutes_seconds_and_tenths() -> None:
