@@ -171,7 +171,7 @@ def _rows() -> Iterator[Case]:
         "index": "*i32",
     }
     types["eps"] = "fp32"
-    sizes = {"TOKENS": 64, "HEADS": 8, "D": 128, "WIDE": 128, "TYPE": bf16}
+    sizes = {"TOKENS": 64, "AT_ONCE": 8, "HEADS": 8, "D": 128, "WIDE": 128, "TYPE": bf16}
     for indexed in (True, False):
         name = "norm_rope, index, means" if indexed else "norm_rope, means"
         flags = {"ROTATE": True, "INDEXED": indexed, "MEANS": True}
@@ -180,7 +180,7 @@ def _rows() -> Iterator[Case]:
     yield from _modulations(modulate)
 
     types = {"a": "*bf16", "b": "*bf16", "out": "*bf16", "a_row": "i32", "b_row": "i32", "columns": "i32"}
-    sizes = {"ROWS": 4, "COLUMNS": 1024, "TYPE": bf16}
+    sizes = {"ROWS": 1, "COLUMNS": 4096, "TYPE": bf16}
     yield Case("swiglu", swiglu.swiglu_kernel, types | {"rows": "i32"}, sizes, swiglu.OPTIONS)
     kernel = swiglu.swiglu_quantised_kernel
     for kind, quantised, capabilities in _QUANTISED:
@@ -195,7 +195,7 @@ def _modulations(modulate: Any) -> Iterator[Case]:
     types = dict.fromkeys(kernel.arg_names[:17], "i32") | {"eps": "fp32", "index": "*i32", "row_scale": "*fp32"}
     types |= dict.fromkeys(("x", "update", "summed", "out"), "*bf16")
     types |= dict.fromkeys(("gate", "shift", "scale"), "*fp32")
-    sizes = {"RUN": 8, "C": 4096, "WIDE": 4096, "NORM": True, "INDEXED": True, "TYPE": triton.language.bfloat16}
+    sizes = {"RUN": 4, "C": 4096, "WIDE": 4096, "NORM": True, "INDEXED": True, "TYPE": triton.language.bfloat16}
     sizes |= {"AFFINE": False, "QUANTISED": False, "LARGEST": 127.0, "FP8": False}
     for add in (False, True):
         name = "add_gated_modulate" if add else "modulate"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.linear.triton_impl import quantise_row, row_quantisation
 
-_RUN = 8
+_RUN = 4
 OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 

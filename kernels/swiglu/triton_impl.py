@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels.linear.triton_impl import quantise_row, row_quantisation
 
-_ROWS, _COLUMNS = 4, 1024
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+_ROWS, _COLUMNS = 1, 4096
+OPTIONS = {"num_warps": 8, "num_stages": 1}
 QUANTISED_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
