@@ -50,7 +50,8 @@ unit: dev
 
 # Clusters of several raylets, whose machines come and go.
 chaos: dev
-	$(BIN)/python -m pytest -q tests/chaos
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not alone" tests/chaos
+	$(BIN)/python -m pytest -q -m alone tests/chaos
 
 test: lint types unit
 

@@ -21,6 +21,8 @@ from pipeline.errors import SettingError, StoreError, StoreFull
 from pipeline.store import Store, StoredFile, check_artifact, check_path, corrupt, hash_stream
 from pipeline.tasks import ArtifactFile
 
+REQUEST_LIMIT_S = 60
+"""A request that is not answered by then has failed, and is repeated."""
 RANGE_BYTES = 16 * 1024 * 1024
 READERS = 32
 LARGE_READERS = 8
@@ -196,7 +198,7 @@ def _connect(url: str) -> Any:
 
     # Options given here replace those that obstore would take from the environment.
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
-    options = {"timeout": "60s", "connect_timeout": "10s", "allow_http": allow_http}
+    options = {"timeout": f"{REQUEST_LIMIT_S}s", "connect_timeout": "10s", "allow_http": allow_http}
     try:
         return from_url(url, client_options=options, retry_config={"max_retries": 0})
     except Exception as error:

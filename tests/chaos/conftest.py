@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import urllib.request
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.farm_place import render_alone
+from cluster.film_page import PAGE
+from tests.chaos.farm_place import patiently, render_alone
 from tests.chaos.flaky_server import FlakyServer
-from tests.chaos.stage import HOOKS, ROOT, Stage, storyboard
+from tests.chaos.stage import HOOKS, RENDER, ROOT, Stage, storyboard
 
 NODES = 2
 
@@ -31,7 +33,7 @@ class Raylets:
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
-        self.cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster: Any = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
 
     @property
     def address(self) -> str:
@@ -51,7 +53,7 @@ class Raylets:
     def fill(self, nodes: int) -> None:
         """As many nodes as this, at least."""
         while len(self.nodes) < nodes:
-            self.cluster.add_node(num_cpus=1)
+            patiently(lambda: self.cluster.add_node(num_cpus=1))
 
     def add_tight_node(self, spare_bytes: int) -> None:
         """A node whose raylet kills for memory as soon as the machine uses so much more than now."""
@@ -61,7 +63,7 @@ class Raylets:
         share = (get_used_memory() + spare_bytes) / get_system_memory()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_memory_usage_threshold", str(share))
-            self.cluster.add_node(num_cpus=1)
+            patiently(lambda: self.cluster.add_node(num_cpus=1))
 
     def kill(self, *node_ids: str) -> None:
         """SIGKILL these nodes' raylets, and with each its object store, at once."""
@@ -151,14 +153,21 @@ def fault_free(
     begun.held()
     run.process.terminate()
     run.finish(75)
+    # Of the same film, so the tests' renders need not measure it again.
+    shutil.copy(finished.folder / RENDER / PAGE, begun.folder / RENDER)
     film_sha256 = sha256((finished.folder / "film.mp4").read_bytes()).hexdigest()
     return FaultFree(film_sha256, finished.folder, begun.folder)
 
 
 @pytest.fixture(scope="session")
-def films(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> dict[str, str]:
-    """sha256 of the film of each title that farms render, as one machine makes it that nothing happens to."""
-    return render_alone(tmp_path_factory.mktemp("alone"), tiny_checkpoint)
+def films(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, chaos_folder: Path, cluster: Raylets
+) -> dict[str, str]:
+    """sha256 of the film of each title that farms render, as it is made without a farm when nothing happens."""
+    cluster.fill(1)
+    folder = tmp_path_factory.mktemp("alone")
+    Stage(folder, chaos_folder).faults()
+    return render_alone(folder, tiny_checkpoint, cluster.address)
 
 
 @pytest.fixture

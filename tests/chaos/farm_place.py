@@ -58,18 +58,16 @@ def write_film(folder: Path, checkpoint: Path, title: str) -> Path:
     return path
 
 
-def render_alone(folder: Path, checkpoint: Path) -> dict[str, str]:
-    """sha256 of each title's film, as `longtake render` makes it on one machine that nothing happens to."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    runs = {}
+def render_alone(folder: Path, checkpoint: Path, address: str) -> dict[str, str]:
+    """sha256 of each title's film, as `longtake render` makes it with one worker that nothing happens to."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for title in TITLES:
         film = write_film(folder, checkpoint, title)
-        command = [sys.executable, "-m", "cluster.cli", "render", str(film), "--workers", "1"]
-        runs[title] = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-    for title, run in runs.items():
-        _, err = run.communicate(timeout=LIMIT_S)
-        assert run.returncode == 0, f"{title}: {err}"
+        command = [sys.executable, "-m", "cluster.cli", "render", str(film), "--workers", "1", "--address", address]
+        run = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        )
+        assert run.returncode == 0, f"{title}: {run.stderr}"
     return {title: sha256_of(folder / f"out/{title}.mp4") for title in TITLES}
 
 

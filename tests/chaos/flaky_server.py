@@ -8,6 +8,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+SILENCE_S = 15.0
+
 
 class FlakyServer:
     """`every_nth`: of each kind of trouble, how often it strikes; `down`: whether nothing is answered but 503."""
@@ -62,6 +64,10 @@ class FlakyServer:
         body = _body(handler)
         if trouble == "slow":
             time.sleep(1.0)
+        if trouble == "silent":
+            time.sleep(SILENCE_S)
+            handler.close_connection = True
+            return
         if trouble == "refused":
             _send(handler, 503, {}, b"<Error><Code>SlowDown</Code></Error>")
             return

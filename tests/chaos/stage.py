@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from cluster.cli import main
@@ -27,7 +28,8 @@ from pipeline.store import Store, open_store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOOKS = Path(__file__).resolve().parent / "hooks"
-LIMIT_S = 240.0
+LIMIT_S = 300.0
+"""Of each wait, on a machine that does other things as well; what is waited for takes seconds."""
 RENDER = "renders/chaos"
 """Where the render of `storyboard` lies."""
 Event = dict[str, Any]
@@ -185,6 +187,13 @@ class Stage:
 
     def release(self) -> None:
         (self.chaos / "release").touch()
+
+    def orchestrators_gone(self) -> None:
+        """Wait until no orchestrator is left of a driver or a cluster that was killed: Ray ends it within seconds, or
+        later on a busy machine, and until then the same command is refused.
+        """
+        processes = [int(path.name.partition("-")[2]) for path in self.chaos.glob("orchestrator-*")]
+        until(lambda: not any(map(psutil.pid_exists, processes)), "the orchestrators have ended")
 
     # What the store says
 

@@ -55,7 +55,7 @@ class Place(FarmPlace):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("farm")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
@@ -72,15 +72,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture
-def place(cluster: Place, tiny_checkpoint: Path) -> Iterator[Place]:
+def place(ground: Place, tiny_checkpoint: Path) -> Iterator[Place]:
     for title in TITLES:
-        write_film(cluster.folder, tiny_checkpoint, title)
-    if not cluster.node_ids:
-        cluster.add_node()
-    cluster.hooks.faults()
-    cluster.start_farm()
-    yield cluster
-    cluster.hooks.release()
+        write_film(ground.folder, tiny_checkpoint, title)
+    if not ground.node_ids:
+        ground.add_node()
+    ground.hooks.faults()
+    ground.start_farm()
+    yield ground
+    ground.hooks.release()
 
 
 def drain(place: Place, node_id: str) -> None:

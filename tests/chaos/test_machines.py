@@ -14,7 +14,7 @@ from pipeline.journal import PartialSaved
 from tests.chaos.conftest import Raylets, raylet_of
 from tests.chaos.stage import Event, Run, Stage, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_when_the_chains_node_is_lost_the_hand_off_comes_back_from_the_store(stage: Stage, cluster: Raylets) -> None:
@@ -109,6 +109,7 @@ def test_a_killed_driver_takes_nothing_along_and_the_same_command_goes_on(stage:
     kept = stage.committed()
     os.kill(killed.process.pid, signal.SIGKILL)
     killed.process.wait(30)
+    stage.orchestrators_gone()
     stage.faults()
     run = stage.render("--workers", "1")
     assert kept.items() <= stage.committed().items()
@@ -155,9 +156,10 @@ def test_when_the_whole_cluster_is_gone_another_one_goes_on_from_the_store(stage
         kept = stage.committed()
     finally:
         first.end()
-    until(lambda: run.process.poll() is not None, "the driver ends by itself", 120)
+    until(lambda: run.process.poll() is not None, "the driver ends by itself")
     assert run.process.returncode != 0
     stage.address = address
+    stage.orchestrators_gone()
     stage.faults()
     stage.render("--workers", "1")
     assert kept.items() <= stage.committed().items()

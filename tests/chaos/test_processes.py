@@ -17,7 +17,7 @@ from pipeline.ledger import Ledger
 from tests.chaos.conftest import FaultFree
 from tests.chaos.stage import LIMIT_S, Stage, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STOP_LIMIT_S = 10.0
 """From a signal to the end of the command. It takes about three."""
 
@@ -47,6 +47,7 @@ def test_an_orchestrator_killed_around_a_commit_commits_once_and_redoes_nothing(
     stage.check()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_saves_the_step_within_ten_seconds_and_the_render_goes_on_from_it(
     stage: Stage, number: signal.Signals
@@ -171,8 +172,10 @@ def test_other_libraries_are_refused_by_name_and_reported_where_allowed(
     stage.faults({"point": "committed", "match": "segment", "do": "kill"})
     stage.render("--workers", "1", code=1)
     stage.faults(versions={"torch": "9.9.9"})
+    before = stage.store.read("recipe.json")
     refused = stage.render("--workers", "1", code=2)
     assert "'torch': '9.9.9'" in refused.err and "--allow-mixed" in refused.err
+    assert stage.store.read("recipe.json") == before, "what is rendered here has not changed"
     allowed = stage.render("--workers", "1", "--allow-mixed")
     assert any("mixed numerics" in e.get("message", "") for e in allowed.events)
     monkeypatch.chdir(stage.folder)

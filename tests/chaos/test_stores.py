@@ -11,15 +11,15 @@ from pipeline.journal import Invalidated
 from tests.chaos.flaky_server import FlakyServer
 from tests.chaos.stage import RENDER, Stage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_a_store_that_is_slow_refuses_and_loses_answers_is_waited_for(
+def test_a_store_that_is_slow_refuses_loses_answers_and_falls_silent_is_waited_for(
     stage: Stage, s3: FlakyServer, bucket: str
 ) -> None:
     stage.store_url = bucket
-    stage.faults({"point": "order", "match": "one/segment/0", "do": "hold"})
-    s3.every_nth = {"lost": 13, "refused": 9, "slow": 17}
+    stage.faults({"point": "order", "match": "one/segment/0", "do": "hold"}, request_limit_s=5)
+    s3.every_nth = {"lost": 13, "refused": 9, "slow": 17, "silent": 47}
     try:
         run = stage.start("--workers", "1")
         stage.held()
@@ -30,7 +30,7 @@ def test_a_store_that_is_slow_refuses_and_loses_answers_is_waited_for(
         run.finish()
     finally:
         s3.every_nth, s3.down = {}, False
-    assert min(s3.struck.get(kind, 0) for kind in ("lost", "refused", "slow")) > 3
+    assert min(s3.struck.get(kind, 0) for kind in ("lost", "refused", "slow")) > 3 and "silent" in s3.struck
     assert stage.tried_again() <= {"one/segment/0"}, "an outage costs no other task"
     stage.check()
 

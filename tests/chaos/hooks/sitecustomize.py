@@ -4,8 +4,9 @@ The environment variable CHAOS names a folder with `faults.json`, read anew at e
 
     points     list of {point, match, do, times, node}: at `point`, of a task whose label contains `match` (and on
                that node), do it, at most `times` times (1) over all processes
-    settings   {timeouts, ffmpeg_limit_s, watch_s, versions, host}; read when a process first imports what they are
-               about. `host`: what a process takes its machine to be. `watch_s`: how long it watches a heartbeat
+    settings   {timeouts, ffmpeg_limit_s, request_limit_s, watch_s, versions, host}; read when a process first imports
+               what they are about. `host`: what a process takes its machine to be. `watch_s`: how long it watches a
+               heartbeat
     clock_s    seconds by which the orchestrator's clocks are off
 
 Points: `role` (a worker is to take a role, which is the label), `order` (a worker begins), `predict` (the network
@@ -187,6 +188,10 @@ def in_media_child(module: types.ModuleType) -> None:
     module.Child.__init__.__kwdefaults__["limit_s"] = module.LIMIT_S
 
 
+def in_object_store(module: types.ModuleType) -> None:
+    module.REQUEST_LIMIT_S = settings().get("request_limit_s", module.REQUEST_LIMIT_S)
+
+
 def in_numerics(module: types.ModuleType) -> None:
     own = module._version
     module._version = lambda library: settings().get("versions", {}).get(library) or own(library)
@@ -215,6 +220,7 @@ WRAPPERS = {
     "pipeline.lease": in_lease,
     "pipeline.machine": in_machine,
     "pipeline.media_child": in_media_child,
+    "pipeline.object_store": in_object_store,
     "actors.numerics": in_numerics,
     "cluster.orchestrator": in_orchestrator,
 }
