@@ -148,7 +148,7 @@ def attention_rows() -> Iterator[Row]:
 
     fastest: float | None = None
     ways = (("running maximum", None), ("fixed shift", bound))
-    for (name, limit), stages in itertools.product(ways, (1, 2)):
+    for (name, limit), stages in itertools.product(ways, (1, 2, 3)):
         options = {**bsa.FORWARD_OPTIONS, "num_stages": stages}
         what = f"block-sparse attention forward, {TOKENS_720P} tokens, sparsity {SPARSITY}, {name}, stages {stages}"
         with poisoned():
