@@ -2,7 +2,8 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))) python3.11)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two pytest processes, one compute thread each: the checks are sized for two cores.
+# Two pytest processes, one compute thread each: the checks are sized for two cores. A file is one process's, so that its
+# fixtures (films, clusters) are made once, and the longest files come first (tests/conftest.py).
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup dev demo media test lint types unit chaos five-minutes clean help
@@ -46,7 +47,7 @@ types: dev
 	$(BIN)/mypy
 
 unit: dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --ignore=tests/chaos
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/chaos
 
 # Clusters of several raylets, whose machines come and go.
 chaos: dev

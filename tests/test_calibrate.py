@@ -138,7 +138,6 @@ def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_the_real_command_measures_every_kind_and_plan_reads_it(
     tiny_checkpoint: Path, calibrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

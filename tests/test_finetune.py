@@ -206,7 +206,6 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.xdist_group("ray")
 def test_every_command_of_the_page_runs(
     tiny_checkpoint: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,12 +5,9 @@ twice, and then ends the render with exit code 4. A whole render leaves the repo
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,30 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.ledger import Ledger
 from pipeline.store import open_store
+from tests.test_render_film import finish, render, start
 
-ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def start(folder: Path, checkpoint: Path, **changes: object) -> subprocess.Popen[str]:
+def write(folder: Path, checkpoint: Path) -> None:
     shot = {"id": "one", "duration": "1s", "prompt": "a red circle moves left"}
-    storyboard = {"title": "Gate", "checkpoint": str(checkpoint), "refinement": "none", "shots": [shot], **changes}
+    storyboard = {"title": "Gate", "checkpoint": str(checkpoint), "refinement": "none", "shots": [shot]}
     (folder / "film.yaml").write_text(yaml.safe_dump(storyboard))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "render", "film.yaml", "--json"],
-        cwd=folder, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    stdout, stderr = process.communicate(timeout=280)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def render(folder: Path, checkpoint: Path, **changes: object) -> subprocess.CompletedProcess[str]:
-    return finish(start(folder, checkpoint, **changes))
 
 
 @pytest.fixture
@@ -65,33 +47,39 @@ def broken_checkpoint(tiny_checkpoint: Path, tmp_path: Path):
     return make
 
 
-def test_a_film_without_a_picture_is_redone_twice_and_ends_with_code_4(broken_checkpoint, tmp_path: Path) -> None:
-    done = render(tmp_path, broken_checkpoint(0.0))
-    assert done.returncode == 4, done.stderr
-    assert "one flat colour" in done.stderr
-    events = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    sent = [event for event in events if event["event"] == "dispatched" and "segment" in event["label"]]
+def test_a_film_without_a_picture_is_redone_twice_and_ends_with_code_4(
+    broken_checkpoint, tmp_path: Path, address: str
+) -> None:
+    write(tmp_path, broken_checkpoint(0.0))
+    done = render(tmp_path, "film.yaml", "--json", "--address", address)
+    assert done.code == 4, done.err
+    assert "one flat colour" in done.err
+    sent = [event for event in done.events if event["event"] == "dispatched" and "segment" in event["label"]]
     assert len(sent) == 3
     state = Ledger(open_store(str(tmp_path / "renders/gate"))).load()
     assert state.redo == {"one/segment/0": 2}
-    again = render(tmp_path, tmp_path / "checkpoint")
-    assert again.returncode == 4, "the budget stays used up"
+    again = render(tmp_path, "film.yaml", "--address", address)
+    assert again.code == 4, "the budget stays used up"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_render_ends_with_its_report_page(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    done = render(tmp_path, tiny_checkpoint)
-    assert done.returncode == 0, done.stderr
+def test_a_render_ends_with_its_report_page(tiny_checkpoint: Path, tmp_path: Path, address: str) -> None:
+    write(tmp_path, tiny_checkpoint)
+    done = render(tmp_path, "film.yaml", "--address", address)
+    assert done.code == 0, done.err
     page = (tmp_path / "renders/gate/report.html").read_text(encoding="utf-8")
     for words in ("Gate", "Contact sheet", "Drift", "Timings", "one/segment/0"):
         assert words in page
     made = (tmp_path / "renders/gate/report.html").stat().st_mtime_ns
-    assert render(tmp_path, tiny_checkpoint).returncode == 0
+    assert render(tmp_path, "film.yaml", "--address", address).code == 0
     assert (tmp_path / "renders/gate/report.html").stat().st_mtime_ns == made, "what is there is not measured again"
 
 
-def test_whoever_stops_a_render_does_not_wait_for_its_report_page(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, tiny_checkpoint)
+def test_whoever_stops_a_render_does_not_wait_for_its_report_page(
+    tiny_checkpoint: Path, tmp_path: Path, address: str
+) -> None:
+    write(tmp_path, tiny_checkpoint)
+    process = start(tmp_path, "film.yaml")
     while not (measuring := _measuring_the_film(process)):
         assert process.poll() is None
         time.sleep(0.05)
@@ -102,11 +90,11 @@ def test_whoever_stops_a_render_does_not_wait_for_its_report_page(tiny_checkpoin
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     done = finish(process)
-    assert done.returncode == 0, "the film was there"
-    assert "report.html was not made (stopped)" in done.stderr + done.stdout
+    assert done.code == 0, "the film was there"
+    assert "report.html was not made (stopped)" in done.err + done.out
     assert not (tmp_path / "renders/gate/report.html").exists()
     assert list((tmp_path / "renders/gate/films").iterdir())
-    assert render(tmp_path, tiny_checkpoint).returncode == 0
+    assert render(tmp_path, "film.yaml", "--address", address).code == 0
     assert (tmp_path / "renders/gate/report.html").exists()
 
 

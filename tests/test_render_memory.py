@@ -16,17 +16,16 @@ from tests.test_render_film import render, storyboard
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
-def test_a_film_in_int8_with_networks_in_turn(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_film_in_int8_with_networks_in_turn(tiny_checkpoint: Path, tmp_path: Path, address: str) -> None:
     film = storyboard(tiny_checkpoint) | {"refinement": "chained", "memory": LEAST.model_dump()}
     film["shots"] = film["shots"][:1]
     (tmp_path / "film.yaml").write_text(yaml.safe_dump(film))
-    done = render(tmp_path, "film.yaml")
+    done = render(tmp_path, "film.yaml", "--address", address)
     assert done.code == 0, done.err
     assert "float32, weights weight_only, 1 thread(s) each" in done.err
     assert (tmp_path / "out/short.mp4").stat().st_size > 1000
     assert unseal((tmp_path / "renders/short/numerics.json").read_bytes())["precision"] == "weight_only"
-    stored = render(tmp_path, "film.yaml", "--precision", "stored")
+    stored = render(tmp_path, "film.yaml", "--precision", "stored", "--address", address)
     assert stored.code == 2
     assert "precision: weight_only, now stored" in stored.err
 

@@ -14,7 +14,7 @@ import yaml
 from cluster.cli import main
 from tests.test_render_film import digest, finish, render, start, storyboard, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -26,11 +26,15 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 @pytest.mark.timeout(600)
 def test_a_render_is_paused_gone_on_with_and_made_again_in_part(
-    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "film.yaml").write_text(yaml.safe_dump(storyboard(tiny_checkpoint)))
-    process = start(tmp_path, "film.yaml")
+    process = start(tmp_path, "film.yaml", "--address", address)
     order = wait_for(process, lambda event: event["event"] == "dispatched" and "segment" in event["label"])
     assert said(capsys, "pause", "film.yaml")["state"] == "paused"
     paused = finish(process)
@@ -41,7 +45,7 @@ def test_a_render_is_paused_gone_on_with_and_made_again_in_part(
     assert told["attempts"][0]["host"]
     assert order["label"] in told["attempts"][0]["text"]
 
-    rest = render(tmp_path, "film.yaml")
+    rest = render(tmp_path, "film.yaml", "--address", address)
     assert rest.code == 0, rest.err
     first = digest(tmp_path / "out/short.mp4")
     status = said(capsys, "status", "film.yaml")
@@ -49,7 +53,7 @@ def test_a_render_is_paused_gone_on_with_and_made_again_in_part(
     assert status["store_use"]["tasks"]["seconds"] > 0
 
     plan = said(capsys, "plan", "film.yaml", "--redo", "0:00-0:01", "--refine-only")
-    again = render(tmp_path, "film.yaml", "--redo", "0:00-0:01", "--refine-only", "--json")
+    again = render(tmp_path, "film.yaml", "--redo", "0:00-0:01", "--refine-only", "--json", "--address", address)
     assert again.code == 0, again.err
     ran = {event["task"] for event in again.events if event["event"] == "dispatched"}
     assert ran == set(plan["to_do"]), "plan says exactly what render does"

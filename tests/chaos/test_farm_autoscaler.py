@@ -19,7 +19,7 @@ import pytest
 from tests.chaos.farm_place import FarmPlace, patiently, write_film
 from tests.chaos.stage import ROOT, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 MOST_NODES = 2

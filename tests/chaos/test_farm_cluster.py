@@ -29,7 +29,7 @@ from tests.chaos.farm_place import (
 )
 from tests.chaos.stage import HOOKS, ROOT, Stage, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SLOW = {"point": "order", "do": "sleep", "seconds": 2.0, "times": 1000}
 """Each task takes two seconds more, so that people come in between."""
 

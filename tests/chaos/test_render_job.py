@@ -14,7 +14,7 @@ from cluster.cli import main
 from tests.chaos.farm_place import FarmPlace, patiently, sha256_of, write_film
 from tests.chaos.stage import HOOKS, ROOT, Stage
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @contextmanager
