@@ -3,11 +3,11 @@
 Contract: pure arithmetic on a plan and the sizes of its networks. All is in bf16, as on GPUs, and estimated: nothing of
 it was measured. The formulas follow what `model.footprint` counts when the real network runs without memory, and are
 held to that by a test. With E = 2 bytes a number, W the width, F that of the feed-forward part, N tokens to denoise, M
-tokens in the condition cache, P = min(N, 32768), B samples at once (2 with guidance):
+tokens in the condition cache, P = min(N, 40960), B samples at once (2 with guidance):
 
     cache       2 E W layers M
     attention   E W B (4 N + 2 (M + N)), while it is made E W B (3 N + 2 (M + N) + 5 P);
-                up to 32768 tokens E W B (8 N + 2 (M + N)), without a cache E W B 8 N
+                up to 40960 tokens E W B (8 N + 2 (M + N)), without a cache E W B 8 N
     feed-forward   E B (3 N W + P (3 F + W)), from the second part on E B (4 N W + min(P, N - P) (3 F + W))
     decoding    125 bytes for each pixel and unit of the VAE's base width
 
@@ -27,7 +27,7 @@ from pipeline.tasks import Role, Task
 from pipeline.times import format_bytes
 
 NUMBER_BYTES = 2
-PART_TOKENS = 32_768
+PART_TOKENS = 40_960
 DECODE_BYTES = 125
 """For each pixel of a frame and unit of the VAE's base width."""
 LEAST = Memory(precision="weight_only", networks="in_turn", condition_cache="host")
