@@ -18,7 +18,7 @@ from ray import exceptions as ray_errors
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.job import Failed, Greeting, Standing, WorkerSettings
+from cluster.job import Failed, Greeting, Serves, Standing, WorkerSettings
 from cluster.placement import Placement
 from cluster.worker import SIDE_GROUP, worker_class
 from pipeline.params import WeightsParams
@@ -46,6 +46,8 @@ class Door:
         """Of its members, once they have greeted."""
         self.broken = ""
         """Why the worker is of no use any more although nobody is lost; "" if it is."""
+        self.serves: Serves | None = None
+        """The render it works for from its next call on; None: the one of its settings."""
         self._bundles = _reserve(place, size) if size > 1 else None
         self._members = [_start(settings, place, self._bundles, rank, on_node) for rank in range(size)]
 
@@ -67,19 +69,13 @@ class Door:
     async def assume(self, role: Role, weights: WeightsParams | None, memory: Memory) -> Role | Failed:
         """Have the role's models loaded, by all members for the role of segments."""
         working = self._working(role == "chain")
-        answers = await self._all([member.assume.remote(role, weights, memory) for member in working])
+        answers = await self._all([member.assume.remote(role, weights, memory, self.serves) for member in working])
         return answers if isinstance(answers, Failed) else role
-
-    async def serve(self, store_url: str, checkpoint_path: str) -> Failed | None:
-        """Have it work for another render, with the models that are loaded."""
-        calls = [member.serve.remote(store_url, checkpoint_path) for member in self._members]
-        answers = await self._all(calls)
-        return answers if isinstance(answers, Failed) else None
 
     async def run(self, order: Order) -> Produced | Failed:
         """Have an order computed, by all members if it is a segment. The first one has the files."""
         members = self._working(order.task.kind == "segment")
-        answers = await self._all([member.run.remote(order) for member in members])
+        answers = await self._all([member.run.remote(order, self.serves) for member in members])
         if isinstance(answers, Failed):
             return answers
         produced: Produced = answers[0]

@@ -26,21 +26,20 @@ from typing import Any, TypeVar
 import ray
 
 from cluster.ask import ask, new_request
-from cluster.door import RAY_LOSSES
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
-from cluster.farm_pool import Hand, Pool, numerics_name
+from cluster.farm_pool import Hand, Pool
 from cluster.farm_schedules import TURN_S as SCHEDULES_S
 from cluster.farm_schedules import FarmRunner, FarmSchedules, schedules_place
 from cluster.farmed_render import FarmedRender
-from cluster.job import Outcome, RenderJob, WorkerSettings
+from cluster.job import Outcome, RenderJob, Serves, WorkerSettings
 from cluster.metrics import ray_instrument
 from cluster.placement import GPU_HOST_THREADS, Placement
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.session import NAMESPACE
 from pipeline.errors import LongtakeError, SettingError
 from pipeline.events import ProgressSummary
-from pipeline.farm import Borrower, Grant, Lender, Load, Queued, lend, open_next, workers_wanted
+from pipeline.farm import Borrower, Lender, Load, Queued, lend, open_next, workers_wanted
 from pipeline.ledger import Ledger
 from pipeline.media_encode import ENCODER_THREADS
 from pipeline.store import open_store
@@ -139,6 +138,7 @@ class _Open:
 
     render: FarmedRender
     borrower: Borrower
+    serves: Serves
     cursor: int = 0
     ending: Phase | None = None
     """What it is to be once it has stopped, if somebody asked."""
@@ -253,6 +253,7 @@ class Farm:
         self._ready.set()
         self._spawn(self._pool.watch())
         self._spawn(self._keep_books())
+        self._spawn(self._show())
         self._spawn(self._keep_schedules())
         while True:
             self._turn()
@@ -264,13 +265,13 @@ class Farm:
         """Look at everything once."""
         if self._stopping:
             return
-        self._open_renders()
+        # First what a worker waits for.
         self._look_at_renders()
         self._lend()
+        self._open_renders()
         due = sum(entry.start_after_s <= time.time() for entry in self._queue())
         wanted = workers_wanted(due, [one.borrower for one in self._open.values()])
         self._pool.resize(wanted, self._settings.most_workers)
-        self._metrics.show(self._book.states.values(), self._pool.lenders())
 
     def _worker_settings(self, store_url: str, checkpoint_path: str) -> WorkerSettings:
         place = self._settings.placement
@@ -335,7 +336,8 @@ class Farm:
             submission.most_workers,
             served_s=time.time(),
         )
-        self._open[render_id] = one = _Open(FarmedRender(render_id, job, self), borrower)
+        serves = Serves(settings.store_url, settings.checkpoint_path)
+        self._open[render_id] = one = _Open(FarmedRender(render_id, job, self), borrower, serves)
         self._spawn(self._carry(one, state.phase == "queued"))
 
     async def _carry(self, one: _Open, is_new: bool) -> None:
@@ -368,9 +370,7 @@ class Farm:
             render, borrower = one.render, one.borrower
             self._collect(one)
             self._tell_of_drains(one)
-            borrower.loads, borrower.needs = render.loads, render.needs
-            pinned = render.numerics()
-            borrower.numerics = None if pinned is None else numerics_name(pinned)
+            borrower.loads, borrower.needs, borrower.numerics = render.loads, render.needs, render.numerics
             state = self._book.states[render.render_id]
             borrower.priority = state.submission.priority
             most_cost, spent = state.submission.most_cost, self._usage.of(render.render_id, borrower.owner).cost
@@ -402,35 +402,16 @@ class Farm:
         borrowers = [one.borrower for one in self._open.values()]
         for grant in lend(time.time(), lenders, borrowers, self._expected_load_s):
             hand, one = self._pool.hands[grant.worker_id], self._open[grant.render_id]
+            load = one.borrower.loads[grant.role]
             self._count_idle(hand)
             hand.lender.render_id = grant.render_id
-            hand.lender.until_s = time.time() + self._expected_load_s(one.borrower.loads[grant.role])
+            hand.lender.until_s = time.time() + self._expected_load_s(load)
             one.borrower.served_s = time.time()
-            self._spawn(self._hand_over(grant, hand, one))
+            hand.member.door.serves = one.serves
+            one.render.lend(grant, replace(hand.member), hand.numerics, hand.lender.load == load)
 
     def _expected_load_s(self, load: Load) -> float:
         return self._load_s.get(load, FIRST_LOAD_S[self._settings.device])
-
-    async def _hand_over(self, grant: Grant, hand: Hand, one: _Open) -> None:
-        """Have the worker know the render's store, and the render the worker."""
-        submission = self._book.states[grant.render_id].submission
-        serves = submission.store_url, str(submission.recipe["checkpoint"]["path"])
-        loaded = hand.lender.load == one.borrower.loads[grant.role]
-        one.render.expect(grant)
-        if hand.serves != serves:
-            try:
-                answered = await asyncio.wait_for(hand.member.door.serve(*serves), CALL_LIMIT_S) is None
-            except (TimeoutError, *RAY_LOSSES):
-                answered = False
-            if not answered:
-                one.render.unexpect(grant)
-                self.lost(grant.worker_id, "it did not answer")
-                return
-            hand.serves = serves
-        if self._open.get(grant.render_id) is one:
-            one.render.lend(grant, replace(hand.member), hand.numerics, loaded)
-        elif grant.worker_id in self._pool.hands:
-            self._free(hand)
 
     def _free(self, hand: Hand) -> None:
         hand.lender.render_id, hand.since_s = "", time.monotonic()
@@ -657,6 +638,12 @@ class Farm:
                 with contextlib.suppress(LongtakeError):
                     await self._io(lambda: self._usage.put(self._store))
                     written = now
+
+    async def _show(self) -> None:
+        """Tell Prometheus how things stand."""
+        while True:
+            self._metrics.show(self._book.states.values(), self._pool.lenders())
+            await asyncio.sleep(TURN_S)
 
     async def _keep_schedules(self) -> None:
         """Have what is due submitted. In a thread: planning a film takes a while."""

@@ -40,8 +40,6 @@ class Hand:
     lender: Lender
     member: Member
     numerics: Mapping[str, Any] = field(default_factory=dict)
-    serves: tuple[str, str] = ("", "")
-    """Store and checkpoint of the render it works for."""
     greeted: bool = False
     since_s: float = 0.0
     """Since when it is free; of the monotonic clock."""

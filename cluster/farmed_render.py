@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
+from cluster.farm_pool import numerics_name
 from cluster.job import RenderJob
 from cluster.orchestrator import Member, Orchestrator, with_precision, without_precision
 from pipeline import events as ev
@@ -62,7 +63,11 @@ class FarmedRender(Orchestrator):
         self._loading: set[str] = set()
         self._begun: dict[str, tuple[Task, float]] = {}
         self._pinned: set[str] = set()
-        self._numerics: Mapping[str, Any] | None = None
+        self._loads: Mapping[Role, Load] = {}
+        self.numerics: str | None = None
+        """Names the record that the film is pinned to, as far as it is the workers'. None: nothing is pinned yet, or
+        mixing was allowed.
+        """
 
     # What the farm asks
 
@@ -77,25 +82,10 @@ class FarmedRender(Orchestrator):
     @property
     def loads(self) -> Mapping[Role, Load]:
         """What a worker of each role has in memory; empty before the plan is there."""
-        if self._machine is None:
-            return {}
-        return {role: self._load_of(role) for role in ev.ALL_ROLES}
-
-    def numerics(self) -> Mapping[str, Any] | None:
-        """The record that the film is pinned to, as far as it is the workers'. None: nothing is pinned yet, or mixing
-        was allowed.
-        """
-        return None if self._job.allow_mixed else without_precision(self._numerics)
-
-    def expect(self, grant: Grant) -> None:
-        """A worker is on its way for this grant; `lend` or `unexpect` follows."""
-        if grant.kind is not None:
-            self._coming[grant.kind] += 1
-
-    def unexpect(self, grant: Grant) -> None:
-        """It will not come, or has been taken in."""
-        if grant.kind is not None:
-            self._coming[grant.kind] -= 1
+        if self._machine is not None and not self._loads:
+            # Once: the farm asks with every event of each of its renders.
+            self._loads = {role: self._load_of(role) for role in ev.ALL_ROLES}
+        return self._loads
 
     def grant_of(self, worker_id: str) -> Grant:
         """What a worker that is here was last lent for."""
@@ -113,6 +103,9 @@ class FarmedRender(Orchestrator):
         """Have a worker for one task."""
         self._members[member.worker_id] = member
         self._grants[member.worker_id] = grant
+        if grant.kind is not None:
+            # What it could use does not say so before the machine has taken it in.
+            self._coming[grant.kind] += 1
         self._spawn(self._borrow(grant, member, numerics, loaded))
 
     def drain(self, node_id: str, left_s: float | None) -> None:
@@ -124,8 +117,12 @@ class FarmedRender(Orchestrator):
 
     def _open(self) -> Plan:
         plan = super()._open()
-        self._numerics = self._ledger.numerics()
+        self._pinned_to(self._ledger.numerics())
         return plan
+
+    def _pinned_to(self, record: Mapping[str, Any] | None) -> None:
+        if record is not None and not self._job.allow_mixed:
+            self.numerics = numerics_name(without_precision(record))
 
     def _hire(self, plan: Plan) -> None:
         left = sum(task_id not in self._commits for task_id in plan.tasks)
@@ -149,13 +146,14 @@ class FarmedRender(Orchestrator):
         if known not in self._pinned:
             mixed = await self._io_call(lambda: self._pin(numerics))
             self._pinned.add(known)
-            self._numerics = self._numerics or with_precision(numerics, self._memory)
+            if self.numerics is None:
+                self._pinned_to(numerics)
             for difference in sorted(mixed):
                 self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
 
     async def _handle(self, event: ev.Event) -> None:
-        if isinstance(event, ev.WorkerLent):
-            self.unexpect(self._grants[event.worker_id])
+        if isinstance(event, ev.WorkerLent) and (kind := self._grants[event.worker_id].kind):
+            self._coming[kind] -= 1
         await super()._handle(event)
         self._farm.needs_changed()
 

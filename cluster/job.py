@@ -30,6 +30,14 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
+class Serves:
+    """Which render a worker of a farm works for; told with every call, so that changing over costs no call."""
+
+    store_url: str
+    checkpoint_path: str
+
+
+@dataclass(frozen=True)
 class RenderJob:
     """Everything a render needs besides what its store holds."""
 

@@ -31,7 +31,7 @@ from cluster.metrics import LOOK_S, Meters, ray_instrument
 from cluster.publish import Publisher
 from cluster.recipe import RECIPE_FILE, make_plan
 from pipeline import events as ev
-from pipeline.carrier import carry_out
+from pipeline.carrier import asks_ledger, carry_out
 from pipeline.errors import LongtakeError
 from pipeline.ledger import Ledger
 from pipeline.machine import Machine
@@ -214,8 +214,9 @@ class Orchestrator:
             commands = self._machine.handle(replace(pending.pop(0), now_s=time.monotonic()))
             if not commands:
                 continue
+            carry = partial(carry_out, commands, self._ledger, self, time.monotonic)
             try:
-                led_to = await self._io_call(partial(carry_out, commands, self._ledger, self, time.monotonic))
+                led_to = await self._io_call(carry) if asks_ledger(commands) else carry()
             except LongtakeError as error:
                 led_to = [ev.LedgerFailed(time.monotonic(), ev.fault_of(error))]
             for outcome in led_to:
@@ -241,7 +242,7 @@ class Orchestrator:
         elif isinstance(event, ev.CommitRefused):
             self._story.tell("commit_refused", task=event.task_id, message=event.fault.message)
 
-    # The machine's hands: called in the ledger's thread, none of them waits (see pipeline.carrier.Hands)
+    # The machine's hands: called in the ledger's thread or in the loop, none of them waits (see pipeline.carrier.Hands)
 
     def assign_role(self, worker_id: str, role: Role) -> None:
         self._later(lambda: self._with(worker_id, lambda member: self._assign(member, role)))
@@ -539,7 +540,7 @@ class Orchestrator:
         self._queue.put_nowait(event)
 
     def _later(self, action: Callable[[], None]) -> None:
-        """Run in the event loop, from the ledger's thread."""
+        """Run in the event loop, from whichever thread."""
         self._loop.call_soon_threadsafe(action)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -602,9 +603,9 @@ def with_precision(numerics: Mapping[str, Any], memory: Memory) -> dict[str, Any
     return {**numerics, "precision": memory.precision}
 
 
-def without_precision(numerics: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def without_precision(numerics: Mapping[str, Any]) -> dict[str, Any]:
     """The worker's part of a render's numerics record."""
-    return None if numerics is None else {name: numerics[name] for name in numerics if name != "precision"}
+    return {name: value for name, value in numerics.items() if name != "precision"}
 
 
 def first_line(error: BaseException) -> str:

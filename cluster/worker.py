@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from cluster.job import Failed, Greeting, Standing, WorkerSettings
+from cluster.job import Failed, Greeting, Serves, Standing, WorkerSettings
 from cluster.worker_log import WorkerLog
 from pipeline.events import fault_of
 from pipeline.media_child import find_ffmpeg
@@ -66,10 +66,14 @@ class Worker:
         """Import the libraries and say which ones they are."""
         return self._guarded(self._greet)
 
-    def assume(self, role: Role, weights: WeightsParams | None, memory: Memory) -> Role | Failed:
+    def assume(
+        self, role: Role, weights: WeightsParams | None, memory: Memory, serves: Serves | None = None
+    ) -> Role | Failed:
         """Let the present role's models go and load those of `role`; `weights` say which, for roles with a
-        DiT, and `memory` how they are kept.
+        DiT, and `memory` how they are kept. With `serves`, for that render from now on.
         """
+        if failed := self._guarded(lambda: self._serve(serves)):
+            return failed
         return self._guarded(lambda: self._assume(role, weights, memory))
 
     def open_meeting(self) -> str | Failed:
@@ -80,26 +84,32 @@ class Worker:
         """Become member `rank` of the gang that meets at `address`; returns when all are there."""
         return self._guarded(lambda: self._join_gang(rank, address))
 
-    def serve(self, store_url: str, checkpoint_path: str) -> Failed | None:
-        """Work for another render from now on, with the models that are loaded."""
-        return self._guarded(lambda: self._serve(store_url, checkpoint_path))
-
-    def _serve(self, store_url: str, checkpoint_path: str) -> None:
-        self._settings = replace(self._settings, store_url=store_url, checkpoint_path=checkpoint_path)
+    def _serve(self, serves: Serves | None) -> None:
+        """Work for that render from now on, with the models that are loaded."""
+        if serves is None or serves == Serves(self._settings.store_url, self._settings.checkpoint_path):
+            return
+        self._settings = replace(self._settings, **vars(serves))
         # Models that are loaded keep the store they were given, so it is that one that turns to the other render.
-        self._store.point_at(open_store(store_url))
+        self._store.point_at(open_store(serves.store_url))
 
-    def run(self, order: Order) -> Produced | Failed:
-        """Compute one order."""
+    def run(self, order: Order, serves: Serves | None = None) -> Produced | Failed:
+        """Compute one order, of the render that is to be served if one is named."""
         self._stop.clear()
         self._standing = Standing(order.task.id, order.attempt)
+        if failed := self._guarded(lambda: self._serve(serves)):
+            self._standing = Standing()
+            return failed
         path = log_path(order.task.id, order.attempt, order.epoch)
         try:
             # A store of its own: what the log costs is not the order's. The log of a gang is its first member's; of
             # the others the last lines come with their failures.
             leads = self._gang is None or self._gang.leads
             with self._log.attempt(open_store(self._settings.store_url), path) if leads else nullcontext():
-                return self._guarded(lambda: self._run(order))
+                answer = self._guarded(lambda: self._run(order))
+            if isinstance(answer, Failed):
+                # Whoever hears of it looks there, and the process may be ended at once.
+                self._log.settle()
+            return answer
         finally:
             self._standing = Standing()
 
@@ -126,6 +136,7 @@ class Worker:
 
     def dismiss(self) -> None:
         """Clean up; the process is about to be ended."""
+        self._log.settle()
         shutil.rmtree(self._scratch_path, ignore_errors=True)
 
     def _guarded(self, action: Callable[[], T]) -> T | Failed:

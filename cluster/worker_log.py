@@ -2,8 +2,9 @@
 
 The log of an attempt holds the project's own log lines, warnings and tracebacks, and what the process and its
 children wrote to stderr meanwhile. It is put into the store every few seconds and at the end, so that it is
-there when the worker, its machine and the cluster are gone. Its size is bounded: the beginning and the end
-are kept, the middle is left out and counted. Where logs for machines are wanted each line goes there as well.
+there when the worker, its machine and the cluster are gone. No answer waits for the last of these writes (`settle`
+does). Its size is bounded: the beginning and the end are kept, the middle is left out and counted. Where logs for
+machines are wanted each line goes there as well.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class WorkerLog(logging.Handler):
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._text: BoundedText | None = None
         self._about: dict[str, Any] = {}
+        self._writer: threading.Thread | None = None
         self._traceback = logging.Formatter("%(message)s")
         logging.getLogger().addHandler(self)
         logging.getLogger("longtake").setLevel(logging.INFO)
@@ -90,7 +92,8 @@ class WorkerLog(logging.Handler):
 
     @contextlib.contextmanager
     def attempt(self, store: Store, path: str) -> Iterator[None]:
-        """Keep the log of what happens inside at `path`, now and then and at the end."""
+        """Keep the log of what happens inside at `path`, now and then and at the end, which `settle` waits for."""
+        self.settle()
         text, stderr = BoundedText(), _Stderr()
         _, task_id, name = path.split("/")
         self._about = {"render": store.url, "task": task_id, "attempt": int(name.split("-")[0])}
@@ -107,18 +110,22 @@ class WorkerLog(logging.Handler):
                 if text.lines != written:
                     written = text.lines
                     write()
+            write()
 
-        flusher = threading.Thread(target=write_now_and_then, name="log", daemon=True)
+        self._writer = threading.Thread(target=write_now_and_then, name="log", daemon=True)
         self._text = text
-        flusher.start()
+        self._writer.start()
         try:
             yield
         finally:
             self._text = None
             self._about = {}
             over.set()
-            flusher.join()
-            write()
+
+    def settle(self) -> None:
+        """Wait until the last attempt's whole log is in the store, or was refused there. Not for one under way."""
+        if self._writer is not None and self._text is None:
+            self._writer.join()
 
 
 class _Stderr:

@@ -83,6 +83,11 @@ def carry_out(
     return events
 
 
+def asks_ledger(commands: Sequence[Command]) -> bool:
+    """Whether carrying these out waits for the ledger."""
+    return any(isinstance(command, Journal | Commit) for command in commands)
+
+
 def _carry_out(command: Command, ledger: Ledger, hands: Hands, now: Callable[[], float]) -> Event | None:
     match command:
         case Journal():

@@ -35,4 +35,3 @@ def test_the_workers_part_of_the_record_is_what_the_farm_compares() -> None:
     pinned = with_precision(workers, Memory(precision="int8"))
     assert pinned == {"device": "cuda NVIDIA H100", "precision": "int8"}
     assert without_precision(pinned) == workers
-    assert without_precision(None) is None

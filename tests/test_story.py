@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_the_log_of_an_attempt_holds_its_lines_warnings_and_traceback_and_no_oth
         except ZeroDivisionError:
             speaker.exception("failed")
     speaker.info("after")
+    log.settle()
     text = store.read("logs/segment-1/0001-1.log").decode()
     assert "step 3" in text
     assert "numbers get large" in text
@@ -107,6 +109,7 @@ def test_what_children_write_to_stderr_is_kept_where_stderr_is_a_file(log: Worke
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+    log.settle()
     text = store.read("logs/a/0001-1.log").decode()
     assert "from a child" in text
     assert "long ago" not in text
@@ -115,8 +118,6 @@ def test_what_children_write_to_stderr_is_kept_where_stderr_is_a_file(log: Worke
 def test_the_log_is_there_before_the_attempt_ends(
     log: WorkerLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
     monkeypatch.setattr("cluster.worker_log.FLUSH_S", 0.02)
     store, written = LocalStore(tmp_path), threading.Event()
     put = store.put_replace
@@ -142,6 +143,26 @@ def test_a_store_that_does_not_take_the_log_does_not_harm_the_attempt(
     monkeypatch.setattr(store, "put_replace", refuse)
     with log.attempt(store, "logs/a/0001-1.log"):
         pass
+    log.settle()
+
+
+def test_an_answer_does_not_wait_for_a_slow_store_and_the_next_attempt_does(
+    log: WorkerLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, answers = LocalStore(tmp_path), threading.Event()
+    put = store.put_replace
+
+    def put_slowly(path: str, source: bytes | Path) -> None:
+        assert answers.wait(30)
+        put(path, source)
+
+    monkeypatch.setattr(store, "put_replace", put_slowly)
+    with log.attempt(store, "logs/a/0001-1.log"):
+        logging.getLogger("longtake.worker").info("step 3")
+    assert store.head("logs/a/0001-1.log") is None
+    answers.set()
+    with log.attempt(store, "logs/a/0002-1.log"):
+        assert b"step 3" in store.read("logs/a/0001-1.log")
 
 
 def test_a_long_log_keeps_its_beginning_and_its_end() -> None:
