@@ -103,6 +103,7 @@ def _add_submit(commands: Commands) -> None:
     add("--owner", default=None, metavar="NAME", help="who it is for (default: you)")
     add("--priority", type=int, default=50, metavar="0-100", help="higher ones go first (default: %(default)s)")
     add("--gpus", dest="most_workers", type=_whole, default=None, metavar="N", help="at most so many workers at once")
+    add("--gang", type=_whole, default=1, metavar="N", help="workers that compute each segment together")
     add("--start-after", type=_moment, default=0.0, metavar="TIME", help="2026-12-24T20:00, local unless it says")
     add("--done-by", type=_moment, default=None, metavar="TIME", help="goes before its equals once that is in danger")
     _add_budget(parser)
@@ -174,6 +175,7 @@ def _submit(options: argparse.Namespace) -> int:
         allow_mixed=options.allow_mixed,
         on_event=options.on_event,
         render_id=options.id,
+        gang=options.gang,
     )
     film = RenderRequest(options.storyboard, options.store, until=options.until, as_json=options.json)
     return submit(film, cluster_of(options), wishes, options.farm_store, watch_it=options.watch)

@@ -39,7 +39,7 @@ from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.session import NAMESPACE
 from pipeline.errors import LongtakeError, SettingError
 from pipeline.events import ProgressSummary
-from pipeline.farm import Borrower, Lender, Load, Queued, lend, open_next, workers_wanted
+from pipeline.farm import Borrower, Lender, Load, Queued, gangs_wanted, lend, open_next, workers_wanted
 from pipeline.ledger import Ledger
 from pipeline.media_encode import ENCODER_THREADS
 from pipeline.store import open_store
@@ -267,6 +267,7 @@ class Farm:
             return
         # First what a worker waits for.
         self._look_at_renders()
+        self._pool.form(gangs_wanted(one.borrower for one in self._open.values()))
         self._lend()
         self._open_renders()
         due = sum(entry.start_after_s <= time.time() for entry in self._queue())
@@ -318,7 +319,9 @@ class Farm:
         state = self._book.states[render_id]
         submission = state.submission
         recipe = Recipe.from_json(submission.recipe)
-        settings = self._worker_settings(submission.store_url, recipe.facts.checkpoint.path)
+        settings = replace(
+            self._worker_settings(submission.store_url, recipe.facts.checkpoint.path), gang_size=submission.gang
+        )
         job = RenderJob(
             submission.store_url,
             recipe,
@@ -334,6 +337,7 @@ class Farm:
             state.submitted_at_s,
             submission.done_by_s,
             submission.most_workers,
+            submission.gang,
             served_s=time.time(),
         )
         serves = Serves(settings.store_url, settings.checkpoint_path)
@@ -356,7 +360,7 @@ class Farm:
                     phase, message = "approval", f"stage one is there; `longtake resume {render_id}` refines it"
             await self._write(render_id, Changed(time.time(), phase, message, outcome.exit_code))
         del self._open[render_id]
-        for hand in self._pool.hands.values():
+        for hand in list(self._pool.hands.values()):
             if hand.lender.render_id == render_id:
                 # Lent at the last moment, and not used.
                 self._free(hand)
@@ -389,7 +393,7 @@ class Farm:
                 one.render.drain(node_id, node.left_s)
 
     def _held(self, render_id: str) -> int:
-        return sum(hand.lender.render_id == render_id for hand in self._pool.hands.values())
+        return sum(hand.lender.size for hand in self._pool.hands.values() if hand.lender.render_id == render_id)
 
     def _collect(self, one: _Open) -> None:
         events, one.cursor = one.render.take_events(one.cursor)
@@ -415,10 +419,11 @@ class Farm:
 
     def _free(self, hand: Hand) -> None:
         hand.lender.render_id, hand.since_s = "", time.monotonic()
+        self._pool.end_if_leaving(hand)
         self._wake.set()
 
     def _count_idle(self, hand: Hand) -> None:
-        self._usage.of("").idle_s += time.monotonic() - hand.since_s
+        self._usage.of("").idle_s += (time.monotonic() - hand.since_s) * hand.lender.size
         hand.since_s = time.monotonic()
 
     # What the renders tell (`farmed_render.FarmSide`)
@@ -438,7 +443,7 @@ class Farm:
     def loaded(self, worker_id: str, load: Load, seconds: float) -> None:
         self._load_s[load] = seconds
         if hand := self._pool.hands.get(worker_id):
-            self._use(hand.lender.render_id, loading_s=seconds)
+            self._use(hand.lender.render_id, loading_s=seconds * hand.lender.size)
 
     def working(self, worker_id: str, kind: TaskKind, expected_s: float) -> None:
         if hand := self._pool.hands.get(worker_id):
@@ -446,9 +451,10 @@ class Farm:
             hand.lender.until_s = time.time() + expected_s * spent_s / planned_s
 
     def worked(
-        self, render_id: str, kind: TaskKind, expected_s: float, seconds: float, record: CommitRecord | None
+        self, render_id: str, size: int, kind: TaskKind, expected_s: float, seconds: float, record: CommitRecord | None
     ) -> None:
-        self._use(render_id, busy_s=seconds if record else 0.0, lost_s=0.0 if record else seconds)
+        spent_s = seconds * size
+        self._use(render_id, busy_s=spent_s if record else 0.0, lost_s=0.0 if record else spent_s)
         if record is not None and expected_s > 0:
             spent_s, planned_s = self._pace.get(kind, (0.0, 0.0))
             self._pace[kind] = spent_s + seconds, planned_s + expected_s
@@ -605,7 +611,11 @@ class Farm:
         lenders = self._pool.lenders()
         if not lenders and self._pool.problem:
             return f"no worker could be started: {self._pool.problem}"
-        if one is None or one.borrower.numerics is None or self._held(one.render.render_id):
+        if one is None or self._held(one.render.render_id):
+            return ""
+        if one.borrower.gang > (places := self._pool.places()):
+            return f"waits for a gang of {one.borrower.gang}: there is room for {places} worker(s)"
+        if one.borrower.numerics is None:
             return ""
         if lenders and all(worker.numerics != one.borrower.numerics for worker in lenders):
             return "waits for workers with the numerics it was begun with (--allow-mixed takes any)"

@@ -68,6 +68,7 @@ class Wishes:
     allow_mixed: bool = False
     on_event: Sequence[str] = ()
     render_id: str | None = None
+    gang: int = 1
 
 
 def start_farm(cluster: Cluster, **wishes: Any) -> int:
@@ -93,7 +94,7 @@ def stop_farm(cluster: Cluster) -> int:
 def submit(film: RenderRequest, cluster: Cluster, wishes: Wishes, farm_store: str | None, *, watch_it: bool) -> int:
     """Check a storyboard, put what it names into its store, and have the farm render it."""
     prepared = prepare(film)
-    check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left, gang_size=1)
+    check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left, wishes.gang)
     submission = submission_of(prepared, wishes)
     with _connected(cluster):
         _start_farm(store=farm_store)
@@ -111,6 +112,9 @@ def submit(film: RenderRequest, cluster: Cluster, wishes: Wishes, farm_store: st
 
 def submission_of(prepared: Prepared, wishes: Wishes) -> Submission:
     """The order for a planned render. Raises SettingError for wishes that cannot be."""
+    if wishes.most_workers is not None and wishes.gang > wishes.most_workers:
+        message = "is less than one gang"
+        raise SettingError(message, field="--gpus", value=wishes.most_workers, remedy=f"--gang is {wishes.gang}.")
     title, store_url = prepared.recipe.spec.title, prepared.store.url
     return Submission(
         wishes.render_id or render_id_of(title, store_url),
@@ -126,6 +130,7 @@ def submission_of(prepared: Prepared, wishes: Wishes) -> Submission:
         wishes.most_cost,
         wishes.allow_mixed,
         tuple(parse_hook(text) for text in wishes.on_event),
+        wishes.gang,
     )
 
 

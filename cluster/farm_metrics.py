@@ -47,7 +47,9 @@ class FarmMetrics:
         phases = Counter(state.phase for state in renders)
         for phase in get_args(Phase):
             self._instruments["longtake_renders"].set(phases[phase], {"phase": phase})
-        busy = Counter(bool(worker.render_id) for worker in workers)
+        busy: Counter[bool] = Counter()
+        for worker in workers:
+            busy[bool(worker.render_id)] += worker.size
         for state, count in (("busy", busy[True]), ("idle", busy[False])):
             self._instruments["longtake_workers"].set(count, {"state": state})
         self._instruments["longtake_gpu_busy_fraction"].set(busy[True] / max(1, busy.total()), {})

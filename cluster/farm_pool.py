@@ -3,6 +3,9 @@ nobody has needed them for a while.
 
 Nodes that join are found by looking every two seconds; nodes that Ray is about to take away get nothing new and no
 process. How many workers are wanted is told to Ray's autoscaler as well, and taken back when the queue is empty.
+
+A gang is a worker of several processes (`cluster.door`), in a Ray placement group. For one that is wanted single
+workers end, the free ones at once and others as soon as they are; so does a gang that is not wanted any more.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -22,13 +25,15 @@ from ray.autoscaler.sdk import request_resources
 from cluster.door import RAY_LOSSES, Door
 from cluster.drain import draining_nodes
 from cluster.job import Failed, WorkerSettings
-from cluster.orchestrator import START_LIMIT_S, Member, first_line
+from cluster.orchestrator import START_LIMIT_S, Member, first_line, workers_part
 from cluster.placement import Placement
 from pipeline.farm import Growth, Lender
 from pipeline.tasks import content_id
 
 log = logging.getLogger("longtake.farm")
 LOOK_S = 2.0
+GANG = ""
+"""The node of a gang that is not there yet: Ray has the choice."""
 MARKET_LABEL = "ray.io/market-type"
 MOST_PAUSE_S = 300.0
 
@@ -41,6 +46,8 @@ class Hand:
     member: Member
     numerics: Mapping[str, Any] = field(default_factory=dict)
     greeted: bool = False
+    leaving: bool = False
+    """It is ended as soon as nobody has it, to make place."""
     since_s: float = 0.0
     """Since when it is free; of the monotonic clock."""
 
@@ -106,23 +113,67 @@ class Pool:
 
     def _mark(self, before: Mapping[str, Node]) -> None:
         for hand in list(self.hands.values()):
-            node = self.nodes.get(hand.lender.node_id)
-            hand.lender.draining = node is None or node.draining
-            if hand.lender.draining and not hand.lender.render_id:
-                self.end(hand.lender.worker_id)
+            nodes = [self.nodes.get(node_id) for node_id in _places(hand)]
+            hand.lender.draining = hand.leaving or any(node is None or node.draining for node in nodes)
+            self.end_if_leaving(hand)
         if before != self.nodes:
             self._changed()
 
+    def end_if_leaving(self, hand: Hand) -> None:
+        """End a worker that is to go, if nobody has it."""
+        if hand.lender.draining and not hand.lender.render_id:
+            self.end(hand.lender.worker_id)
+
+    def form(self, gangs: Mapping[int, int]) -> None:
+        """Have so many gangs of each size, as far as there is room; called before anything is lent."""
+        for hand in [hand for hand in self.hands.values() if hand.lender.size > 1]:
+            if self._count(hand.lender.size) > gangs.get(hand.lender.size, 0):
+                self._let_go(hand)
+        for size, count in gangs.items():
+            while self._count(size) < count and self._form_one(size):
+                pass
+
+    def _form_one(self, size: int) -> bool:
+        """Start a gang if there is room, else make room for it; whether it was started."""
+        if size > self.places() or self._not_before_s.get(GANG, 0.0) > time.monotonic():
+            return False
+        missing = size - self._room()
+        leaving = sum(hand.lender.size for hand in self.hands.values() if hand.leaving)
+        singles = [hand for hand in self.hands.values() if hand.lender.size == 1 and not hand.lender.draining]
+        for hand in sorted(singles, key=lambda one: bool(one.lender.render_id))[: max(0, missing - leaving)]:
+            self._let_go(hand)
+        if size > self._room():
+            return False
+        self._start(GANG, False, size)
+        return True
+
+    def _let_go(self, hand: Hand) -> None:
+        hand.leaving = hand.lender.draining = True
+        self.end_if_leaving(hand)
+
+    def _count(self, size: int) -> int:
+        return sum(hand.lender.size == size and not hand.lender.draining for hand in self.hands.values())
+
+    def places(self) -> int:
+        """For how many workers there is room, whoever has it."""
+        return sum(node.slots for node in self.nodes.values() if not node.draining)
+
+    def _room(self) -> int:
+        """Places that nobody has."""
+        gone = {node_id for node_id, node in self.nodes.items() if node.draining}
+        return self.places() - sum(place not in gone for hand in self.hands.values() for place in _places(hand))
+
     def resize(self, wanted: int, most: int | None) -> None:
-        """Have about `wanted` workers, at most `most`: start missing ones, end those idle for long."""
+        """Have about `wanted` workers, at most `most`, gangs counted as their members: start missing ones, end those
+        idle for long.
+        """
         wanted = wanted if most is None else min(wanted, most)
-        slots = sum(node.slots for node in self.nodes.values() if not node.draining)
-        self._tell_autoscaler(self._growth.ask(time.monotonic(), wanted, slots))
-        staying = [hand for hand in self.hands.values() if not hand.lender.draining]
-        for _ in range(wanted - len(staying)):
+        self._tell_autoscaler(self._growth.ask(time.monotonic(), wanted, self.places()))
+        staying = sum(hand.lender.size for hand in self.hands.values() if not hand.lender.draining)
+        for _ in range(wanted - staying):
             if not self._start_one():
                 break
-        self._end_idle(len(staying) - wanted)
+        self._end_idle(staying - wanted)
 
     def _tell_autoscaler(self, wanted: int) -> None:
         if wanted != self._demand:
@@ -134,7 +185,9 @@ class Pool:
     def _start_one(self) -> bool:
         """Start a worker where there is room, on stable nodes first; whether there was."""
         now_s = time.monotonic()
-        used = Counter(hand.lender.node_id for hand in self.hands.values())
+        if any(hand.leaving or GANG in _places(hand) for hand in self.hands.values()):
+            return False  # A gang is about to take its places, nobody knows yet which.
+        used = Counter(place for hand in self.hands.values() for place in _places(hand))
         room = [
             (node.spot, used[node_id] / node.slots, node_id)
             for node_id, node in self.nodes.items()
@@ -143,12 +196,16 @@ class Pool:
         if not room:
             return False
         spot, _, node_id = min(room)
+        self._start(node_id, spot)
+        return True
+
+    def _start(self, node_id: str, spot: bool, size: int = 1) -> None:
         self._started += 1
         worker_id = f"w{self._started}"
-        door = Door(self._settings, self._place, on_node=node_id)
-        self.hands[worker_id] = Hand(Lender(worker_id, node_id, spot=spot), Member(worker_id, door))
+        settings = replace(self._settings, gang_size=size)
+        door = Door(settings, self._place, size, on_node=node_id if size == 1 else None)
+        self.hands[worker_id] = Hand(Lender(worker_id, node_id, size, spot=spot), Member(worker_id, door))
         self._spawn(self._greet(self.hands[worker_id]))
-        return True
 
     async def _greet(self, hand: Hand) -> None:
         lender = hand.lender
@@ -164,6 +221,9 @@ class Pool:
         self._failures[lender.node_id], self.problem = 0, ""
         hand.member.host, hand.numerics = greeting.host, greeting.numerics
         lender.numerics = numerics_name(greeting.numerics)
+        if lender.size > 1:
+            lender.node_id = hand.member.door.node_id
+            lender.spot = any(self.nodes[place].spot for place in _places(hand) if place in self.nodes)
         hand.greeted, hand.since_s = True, time.monotonic()
         log.info("worker %s on %s, process %d", lender.worker_id, greeting.host, greeting.pid)
         self._changed()
@@ -200,6 +260,11 @@ class Pool:
         self._tell_autoscaler(0)
 
 
+def _places(hand: Hand) -> Sequence[str]:
+    """The node of each of its processes; GANG for those of a gang that is not there yet."""
+    return hand.member.door.node_ids or (hand.lender.node_id,) * hand.lender.size
+
+
 def numerics_name(numerics: Mapping[str, Any]) -> str:
-    """A short name for a numerics record; equal ones have the same."""
-    return content_id("numerics", dict(numerics))
+    """A short name for a worker's part of a numerics record; equal ones have the same."""
+    return content_id("numerics", workers_part(numerics))

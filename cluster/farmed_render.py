@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from cluster.farm_pool import numerics_name
 from cluster.job import RenderJob
-from cluster.orchestrator import Member, Orchestrator, with_precision, without_precision
+from cluster.orchestrator import Member, Orchestrator, with_precision
 from pipeline import events as ev
 from pipeline.errors import LongtakeError
 from pipeline.farm import Grant, Load, Needs
@@ -39,9 +39,9 @@ class FarmSide(Protocol):
         """The worker has begun a task."""
 
     def worked(
-        self, render_id: str, kind: TaskKind, expected_s: float, seconds: float, record: CommitRecord | None
+        self, render_id: str, size: int, kind: TaskKind, expected_s: float, seconds: float, record: CommitRecord | None
     ) -> None:
-        """A worker has ended a task; without a record it came to nothing."""
+        """A worker of so many processes has ended a task; without a record it came to nothing."""
 
     def returned(self, worker_id: str, render_id: str, used: bool) -> None:
         """The worker is free."""
@@ -61,7 +61,7 @@ class FarmedRender(Orchestrator):
         self._grants: dict[str, Grant] = {}
         self._used: set[str] = set()
         self._loading: set[str] = set()
-        self._begun: dict[str, tuple[Task, float]] = {}
+        self._begun: dict[str, tuple[Task, int, float]] = {}
         self._pinned: set[str] = set()
         self._loads: Mapping[Role, Load] = {}
         self.numerics: str | None = None
@@ -111,7 +111,8 @@ class FarmedRender(Orchestrator):
     def drain(self, node_id: str, left_s: float | None) -> None:
         """A node will be taken away."""
         self._story.tell("node_draining", node=node_id, seconds_left=left_s)
-        self._put(ev.NodeDraining(time.monotonic(), node_id, left_s))
+        for place_id in self._places_on(node_id):
+            self._put(ev.NodeDraining(time.monotonic(), place_id, left_s))
 
     # What differs from a render with workers of its own
 
@@ -122,7 +123,7 @@ class FarmedRender(Orchestrator):
 
     def _pinned_to(self, record: Mapping[str, Any] | None) -> None:
         if record is not None and not self._job.allow_mixed:
-            self.numerics = numerics_name(without_precision(record))
+            self.numerics = numerics_name(record)
 
     def _hire(self, plan: Plan) -> None:
         left = sum(task_id not in self._commits for task_id in plan.tasks)
@@ -144,7 +145,8 @@ class FarmedRender(Orchestrator):
         """Compare each kind of worker once with the record that the film is pinned to."""
         known = canonical_json(numerics)
         if known not in self._pinned:
-            mixed = await self._io_call(lambda: self._pin(numerics))
+            record = {**numerics, "gang_size": self._job.settings.gang_size}
+            mixed = await self._io_call(lambda: self._pin(record))
             self._pinned.add(known)
             if self.numerics is None:
                 self._pinned_to(numerics)
@@ -183,7 +185,7 @@ class FarmedRender(Orchestrator):
 
     async def _dispatch(self, member: Member, order: Order) -> None:
         self._used.add(member.worker_id)
-        self._begun[order.task.id] = order.task, time.monotonic()
+        self._begun[order.task.id] = order.task, member.door.size, time.monotonic()
         self._farm.working(member.worker_id, order.task.kind, order.task.work)
         await super()._dispatch(member, order)
         if member.worker_id not in self._members:
@@ -211,12 +213,12 @@ class FarmedRender(Orchestrator):
 
     def _end_task(self, task_id: str, record: CommitRecord | None) -> None:
         if task_id in self._begun:
-            task, began_s = self._begun.pop(task_id)
-            self._farm.worked(self.render_id, task.kind, task.work, time.monotonic() - began_s, record)
+            task, size, began_s = self._begun.pop(task_id)
+            self._farm.worked(self.render_id, size, task.kind, task.work, time.monotonic() - began_s, record)
 
     def _load_of(self, role: Role) -> Load:
-        weights = self._weights.get(role)
+        weights, gang = self._weights.get(role), self._job.settings.gang_size if role == "chain" else 1
         digest = self._job.recipe.facts.checkpoint.digest
         if weights is None:
-            return Load(digest, role)
-        return Load(digest, role, canonical_json([weights, self._memory.model_dump()]))
+            return Load(digest, role, gang=gang)
+        return Load(digest, role, canonical_json([weights, self._memory.model_dump()]), gang)

@@ -603,9 +603,11 @@ def with_precision(numerics: Mapping[str, Any], memory: Memory) -> dict[str, Any
     return {**numerics, "precision": memory.precision}
 
 
-def without_precision(numerics: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's part of a render's numerics record."""
-    return {name: value for name, value in numerics.items() if name != "precision"}
+def workers_part(numerics: Mapping[str, Any]) -> dict[str, Any]:
+    """What in a render's numerics record, or a worker's, says how the worker computes: not what the render makes of the
+    weights, nor how many compute its segments together.
+    """
+    return {name: value for name, value in numerics.items() if name not in ("precision", "gang_size")}
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,8 @@ of the role runs. The rules, first one first:
    weights will be free before the loading would be done.
 6. Chains go to stable machines when one is free, refinement leaves those to them: spot machines first.
 7. A worker that nobody needs now loads ahead what a render will need.
+8. Segments of a render that wants a gang go to gangs of its size, which do nothing for others. A gang is formed while
+   such a render has segments left and no render of higher priority has anything left; it counts as its members.
 
 The caller keeps the values up to date; `lend` changes none of them.
 """
@@ -49,6 +51,8 @@ class Load:
     weights: str = ""
     """What is merged into the weights, how they attend and how they are kept, in one string; empty for roles without
     a DiT."""
+    gang: int = 1
+    """How many processes have it together."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Lender:
 
     worker_id: str
     node_id: str
+    size: int = 1
+    """Of a gang: how many processes it is."""
     spot: bool = False
     draining: bool = False
     numerics: str = ""
@@ -94,6 +100,8 @@ class Borrower:
     submitted_s: float = 0.0
     done_by_s: float | None = None
     most_workers: int | None = None
+    gang: int = 1
+    """How many processes compute each of its segments together."""
     paused: bool = False
     """Gets no worker: paused, over its budget, or about to end."""
     numerics: str | None = None
@@ -191,8 +199,12 @@ class _Round:
         self._now_s, self._workers, self._renders, self._load_s = now_s, workers, renders, load_s
         self._free = free
         owner_of = {render.render_id: render.owner for render in renders}
-        self._held = Counter(worker.render_id for worker in workers if worker.render_id in owner_of)
-        self._held_by = Counter(owner_of[name] for name in self._held.elements())
+        self._held: Counter[str] = Counter()
+        self._held_by: Counter[str] = Counter()
+        for worker in workers:
+            if worker.render_id in owner_of:
+                self._held[worker.render_id] += worker.size
+                self._held_by[owner_of[worker.render_id]] += worker.size
         self._given: Counter[tuple[str, TaskKind]] = Counter()
         self._missed = {load for render in renders if render.needs.work_s > 0 for load in render.loads.values()}
         self._awaited: set[str] = set()
@@ -213,8 +225,8 @@ class _Round:
 
     def _give(self, worker: Lender, render: Borrower, role: Role, kind: TaskKind) -> None:
         self._free.remove(worker)
-        self._held[render.render_id] += 1
-        self._held_by[render.owner] += 1
+        self._held[render.render_id] += worker.size
+        self._held_by[render.owner] += worker.size
         self._given[render.render_id, kind] += 1
         self._grants.append(Grant(worker.worker_id, render.render_id, role, kind))
 
@@ -243,12 +255,13 @@ class _Round:
 
     def _needs(self) -> Iterator[_Need]:
         for render in self._renders:
-            if render.most_workers is not None and self._held[render.render_id] >= render.most_workers:
-                continue
             for kind in KINDS:
                 count = render.needs.ready.get(kind, 0) - self._given[render.render_id, kind]
-                if count > 0:
+                if count > 0 and self._may_have(render, render.gang if kind == "segment" else 1):
                     yield _Need(render, kind, count)
+
+    def _may_have(self, render: Borrower, more: int) -> bool:
+        return render.most_workers is None or self._held[render.render_id] + more <= render.most_workers
 
     def _turn(self, need: _Need) -> tuple[object, ...]:
         render = need.borrower
@@ -284,7 +297,8 @@ class _Round:
         """Workers each render is entitled to: those of its priority and the free ones, split by owner, then render."""
         shares: dict[str, float] = {}
         for equals in self._equals():
-            workers = len(self._free) + sum(self._held[render.render_id] for render in equals)
+            free = sum(worker.size for worker in self._free)
+            workers = free + sum(self._held[render.render_id] for render in equals)
             renders_of = Counter(render.owner for render in equals)
             for render in equals:
                 shares[render.render_id] = workers / len(renders_of) / renders_of[render.owner]
@@ -325,7 +339,7 @@ class _Round:
             worker = min(ready, key=lambda one: self._liking(one, need.kind))
             assert worker.load is not None
             return _Offer(need, worker, worker.load.role, 0.0)
-        others = [worker for worker in fitting if role in worker.roles]
+        others = [worker for worker in fitting if role is not None and _can(worker, need.borrower, role)]
         if role is None or not others:
             return None
         cost_s = self._load_s(loads[role])
@@ -334,14 +348,16 @@ class _Round:
         return _Offer(need, min(others, key=lambda one: self._liking(one, need.kind)), role, cost_s)
 
     def _fits(self, worker: Lender, render: Borrower) -> bool:
-        if render.numerics is not None and worker.numerics != render.numerics:
+        if (render.numerics is not None and worker.numerics != render.numerics) or worker.size not in (1, render.gang):
             return False
         return render.not_before_s.get(worker.worker_id, -inf) <= self._now_s
 
     def _liking(self, worker: Lender, kind: TaskKind) -> tuple[object, ...]:
-        """Sorts workers that cost the same: the fitting kind of machine, then one whose memory nobody misses."""
+        """Sorts workers that cost the same: no gang for what one process does, the fitting kind of machine, then one
+        whose memory nobody misses.
+        """
         wrong_machine = worker.spot if kind == "segment" else not worker.spot
-        return (wrong_machine, worker.load in self._missed, worker.worker_id)
+        return (worker.size if kind != "segment" else 0, wrong_machine, worker.load in self._missed, worker.worker_id)
 
     def _will_come(self, need: _Need, loads: Iterable[Load], cost_s: float) -> bool:
         """Whether busy workers with the right weights are back, for all tasks of the need, before a loading is over.
@@ -379,16 +395,16 @@ class _Round:
     def _load_role_ahead(
         self, render: Borrower, role: Role, staff: Counter[Load], wanted: Counter[Load], lent: set[str]
     ) -> None:
-        load, cap = render.loads.get(role), render.most_workers
+        load = render.loads.get(role)
         if load is None:
             return
         while staff[load] < min(wanted[load], len(self._workers)):
-            if cap is not None and self._held[render.render_id] >= cap:
+            if not self._may_have(render, load.gang):
                 return
             idle = [
                 worker
                 for worker in self._free
-                if role in worker.roles
+                if _can(worker, render, role)
                 and self._fits(worker, render)
                 and (worker.load is None or staff[worker.load] > wanted[worker.load])
             ]
@@ -397,11 +413,16 @@ class _Round:
             kind: TaskKind = "segment" if role == "chain" else "window"
             worker = min(idle, key=lambda one: self._liking(one, kind))
             self._free.remove(worker)
-            self._held[render.render_id] += 1
+            self._held[render.render_id] += worker.size
             if worker.load is not None:
                 staff[worker.load] -= 1
             staff[load] += 1
             self._grants.append(Grant(worker.worker_id, render.render_id, role))
+
+
+def _can(worker: Lender, render: Borrower, role: Role) -> bool:
+    """Whether it may take the role for this render: segments are for its gangs where it wants any."""
+    return role in worker.roles and (role != "chain" or worker.size == render.gang)
 
 
 def _role_to_load(need: _Need, loads: Mapping[Role, Load]) -> Role | None:
@@ -421,9 +442,22 @@ def workers_wanted(queue: int, renders: Iterable[Borrower]) -> int:
         if render.paused:
             continue
         now = sum(render.needs.ready.values())
-        useful = max(now, sum(render.needs.ahead.values()), 1 if render.needs.work_s > 0 else 0)
+        chains = render.needs.ahead.get("chain", 0) * (render.gang - 1)
+        useful = max(now, sum(render.needs.ahead.values()) + chains, 1 if render.needs.work_s > 0 else 0)
         wanted += useful if render.most_workers is None else min(useful, render.most_workers)
     return wanted
+
+
+def gangs_wanted(renders: Iterable[Borrower]) -> Mapping[int, int]:
+    """How many gangs of which size there should be now."""
+    active = [render for render in renders if not render.paused and render.needs.work_s > 0]
+    highest = max((render.priority for render in active), default=0)
+    wanted: Counter[int] = Counter()
+    for render in active:
+        if render.gang > 1 and render.priority == highest:
+            most = inf if render.most_workers is None else render.most_workers // render.gang
+            wanted[render.gang] += int(min(render.needs.ahead.get("chain", 0), most))
+    return +wanted
 
 
 GROW_S = 15.0

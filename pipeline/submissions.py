@@ -57,6 +57,8 @@ class Submission:
     most_cost: float | None = None
     allow_mixed: bool = False
     hooks: tuple[Hook, ...] = ()
+    gang: int = 1
+    """How many processes compute each segment together."""
 
     def __post_init__(self) -> None:
         check_render_id(self.render_id)
@@ -201,8 +203,9 @@ def same_order(one: Submission, other: Submission) -> bool:
     return _order(one) == _order(other)
 
 
-def _order(submission: Submission) -> tuple[str, dict[str, Any]]:
-    return submission.store_url, {name: part for name, part in submission.recipe.items() if name != "written_at"}
+def _order(submission: Submission) -> tuple[str, int, dict[str, Any]]:
+    recipe = {name: part for name, part in submission.recipe.items() if name != "written_at"}
+    return submission.store_url, submission.gang, recipe
 
 
 def render_id_of(title: str, store_url: str) -> str:

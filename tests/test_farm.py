@@ -29,7 +29,7 @@ from pipeline.events import (
     WorkerReady,
 )
 from pipeline.facts import CheckpointFacts, Facts
-from pipeline.farm import Borrower, Growth, Lender, Load, Needs, Queued, lend, open_next, workers_wanted
+from pipeline.farm import Borrower, Growth, Lender, Load, Needs, Queued, gangs_wanted, lend, open_next, workers_wanted
 from pipeline.ledger import LedgerState
 from pipeline.machine import Machine
 from pipeline.plan import plan_film
@@ -121,6 +121,53 @@ def test_texts_then_the_chain_then_units_then_windows() -> None:
     assert lent([worker("w")], render("a", ready)) == {"w": "a text"}
     assert lent([worker("w")], render("a", {**ready, "text": 0})) == {"w": "a chain"}
     assert lent([worker("w", "refine")], render("a", {"encode": 1, "window": 1})) == {"w": "a refine"}
+
+
+# Gangs
+
+TOGETHER = {**loads(), "chain": Load("a", "chain", gang=2)}
+"""What workers of a render that wants gangs of two have loaded."""
+
+
+def test_segments_go_to_a_gang_of_the_renders_size_and_it_does_nothing_for_others() -> None:
+    ready, ahead = {"segment": 1, "window": 1}, {"chain": 1, "refine": 1}
+    wants = replace(render("a", ready, ahead=ahead, gang=2), loads=TOGETHER)
+    assert lent([worker("g", size=2), worker("w")], wants) == {"g": "a chain", "w": "a refine"}
+    alone = lent([worker("w1"), worker("w2")], wants)
+    assert alone["w1"] == "a refine" and not any("chain" in what for what in alone.values()), "not even loaded ahead"
+    assert lent([worker("g", size=3)], wants) == {}
+    assert lent([worker("g", size=2)], render("b", ready, ahead=ahead)) == {}
+    text = replace(wants, needs=Needs({"text": 1}, ahead, 10.0, 1000.0))
+    assert lent([worker("g", size=2)], text) == {"g": "a text"}, "where there is nobody else"
+    assert lent([worker("g", size=2), worker("w")], text)["w"] == "a text"
+
+
+def test_a_gang_counts_as_its_members() -> None:
+    wants = replace(render("a", {"segment": 1}, gang=2, most_workers=2), loads=TOGETHER)
+    busy = worker("w", "refine", render_id="a")
+    assert lent([worker("g", size=2)], wants) == {"g": "a chain"}
+    assert lent([worker("g", size=2), busy], wants) == {}
+    assert workers_wanted(0, [replace(wants, most_workers=None, needs=Needs({}, {"chain": 3}, 1.0, 1.0))]) == 6
+
+
+def test_gangs_are_wanted_while_segments_are_left_and_nobody_of_higher_priority_waits() -> None:
+    wants = render("a", ahead={"chain": 3}, gang=2, priority=50)
+    assert gangs_wanted([wants, render("b", priority=50)]) == {2: 3}
+    assert gangs_wanted([replace(wants, most_workers=5)]) == {2: 2}
+    assert gangs_wanted([wants, render("b", priority=51)]) == {}
+    assert gangs_wanted([wants, render("b", priority=51, work_s=0.0)]) == {2: 3}
+    assert gangs_wanted([replace(wants, paused=True)]) == {}
+    assert gangs_wanted([render("a", ahead={"refine": 9}, gang=2)]) == {}
+
+
+def test_a_film_is_made_by_its_gang_and_by_others_beside_it() -> None:
+    farm = SimulatedFarm({"g": worker("g", size=2), "w": worker("w")}, 10.0)
+    farm.add("a", film(1, 60), gang=2, loads=TOGETHER)
+    farm.add("b", film(1, 10))
+    farm.run()
+    of_a = [name for kind, name in farm.ran if kind == "segment"]
+    assert of_a.count("g") == 12 and of_a.count("w") == 2
+    assert ("window", "w") in farm.ran
 
 
 # What is loaded
@@ -238,12 +285,15 @@ class SimulatedFarm:
     done: dict[str, float] = field(default_factory=dict)
     tasks: int = 0
     loadings: int = 0
+    ran: list[tuple[str, str]] = field(default_factory=list)
+    """Kind of each task, and who had it."""
     heap: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     count: int = 0
 
     def add(self, name: str, tasks: Mapping[str, Task], **more: object) -> None:
         self.machines[name] = Machine(tasks, LedgerState(), epoch=1)
-        self.borrowers[name] = Borrower(name, loads=loads(), **more)  # type: ignore[arg-type]
+        about = {"loads": loads(), **more}
+        self.borrowers[name] = Borrower(name, **about)  # type: ignore[arg-type]
         self.feed(name, Tick(self.now_s))
 
     def at(self, delay_s: float, action: Callable[[], None]) -> None:
@@ -255,12 +305,13 @@ class SimulatedFarm:
             match command:
                 case AssignRole():
                     self.loadings += 1
-                    self.workers[command.worker_id].load = loads()[command.role]
+                    self.workers[command.worker_id].load = self.borrowers[name].loads[command.role]
                     ready = WorkerReady(0.0, command.worker_id, command.role)
                     self.at(self.load_s, lambda event=ready: self.feed(name, replace(event, now_s=self.now_s)))  # type: ignore[misc]
                 case Dispatch():
                     order = command.order
                     self.tasks += 1
+                    self.ran.append((order.task.kind, command.worker_id))
                     self.workers[command.worker_id].until_s = self.now_s + order.task.work
                     made = TaskProduced(0.0, command.worker_id, order.task.id, order.attempt, 1, Produced(()))
                     self.at(order.task.work, lambda event=made: self.feed(name, replace(event, now_s=self.now_s)))  # type: ignore[misc]

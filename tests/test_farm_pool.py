@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cluster.farm import FarmSettings
-from cluster.farm_pool import Node, Pool
-from cluster.job import Failed, Greeting
+from cluster.farm_pool import GANG, Node, Pool
+from cluster.job import Failed, Greeting, WorkerSettings
 from pipeline.events import Fault
 
 SPOT, STABLE, LEAVING, NODE = (digits * 28 for digits in ("01", "02", "03", "04"))
 """Node ids, as Ray has them."""
+Turn = Callable[[Pool], None]
 
 
 class Ray:
@@ -23,24 +24,39 @@ class Ray:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.started, self.killed, self.demands = list[Any](), list[Any](), list[int]()
+        self.groups: list[Any] = []
+        """Placement groups that are there."""
         self.answer: Greeting | Failed = Greeting(NODE, "host", 1, {"device": "cpu"})
         patch.setattr("cluster.door.worker_class", lambda: self)
         patch.setattr("cluster.farm_pool.request_resources", lambda bundles: self.demands.append(len(bundles)))
         patch.setattr("cluster.door.ray.kill", self.killed.append)
+        patch.setattr("cluster.door.placement_group", self.reserve)
+        patch.setattr("cluster.door.PlacementGroupSchedulingStrategy", lambda group, index: group)
+        patch.setattr("cluster.door.remove_placement_group", self.groups.remove)
 
     def options(self, **options: Any) -> Ray:
-        self.started.append(options["scheduling_strategy"].node_id)
+        self.started.append(getattr(options["scheduling_strategy"], "node_id", GANG))
         return self
 
-    def remote(self, *arguments: Any) -> Any:
-        return self if arguments else self.greeting()
+    def remote(self, settings: Any) -> Actor:
+        return Actor(self)
 
-    @property
-    def greet(self) -> Ray:
+    def reserve(self, bundles: list[dict[str, float]], strategy: str) -> tuple[int, int]:
+        self.groups.append((len(self.groups), len(bundles)))
+        return self.groups[-1]  # type: ignore[no-any-return]
+
+
+class Actor:
+    """A worker's process: every method's answer is the one that was ordered."""
+
+    def __init__(self, ray: Ray) -> None:
+        self._ray = ray
+
+    def __getattr__(self, method: str) -> Actor:
         return self
 
-    async def greeting(self) -> Greeting | Failed:
-        return self.answer
+    async def remote(self, *arguments: Any) -> Greeting | Failed:
+        return self._ray.answer
 
 
 @pytest.fixture
@@ -48,18 +64,22 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     return Ray(monkeypatch)
 
 
-async def grown(nodes: dict[str, Node], wanted: int, most: int | None = None, idle_s: float = 60.0) -> Pool:
-    """A pool that has seen these nodes and started what is wanted."""
+async def grown(
+    nodes: dict[str, Node], wanted: int, most: int | None = None, idle_s: float = 60.0, then: Turn = lambda pool: None
+) -> Pool:
+    """A pool that has seen these nodes, started what is wanted, and done what comes `then`."""
     tasks = list[asyncio.Task[None]]()
 
     def spawn(work: Coroutine[Any, Any, None]) -> None:
         tasks.append(asyncio.get_running_loop().create_task(work))
 
-    settings: Any = None
+    settings = WorkerSettings("books", "pocket", "cpu", "float32", 1, None, 1, None)
     place = FarmSettings("books").placement
     pool = Pool(settings, place, slots="CPU", idle_s=idle_s, changed=lambda: None, spawn=spawn)
     pool.nodes = nodes
     pool.resize(wanted, most)
+    await asyncio.gather(*tasks)
+    then(pool)
     await asyncio.gather(*tasks)
     return pool
 
@@ -114,3 +134,54 @@ def test_a_worker_that_does_not_start_is_said_and_tried_again_later(ray: Ray) ->
     ray.answer = Greeting(NODE, "host", 1, {})
     again = asyncio.run(grown({NODE: Node(1)}, wanted=1))
     assert again.problem == "" and len(again.lenders()) == 1
+
+
+# Gangs
+
+
+def turn(pool: Pool, gangs: dict[int, int], wanted: int) -> None:
+    """What the farm does at each of its turns."""
+    pool.form(gangs)
+    pool.resize(wanted, None)
+
+
+def test_a_gang_takes_the_places_of_idle_workers_at_once_and_gives_them_back(ray: Ray) -> None:
+    pool = asyncio.run(grown({NODE: Node(3)}, wanted=3, then=lambda pool: turn(pool, {2: 1}, 3)))
+    assert len(ray.killed) == 2 and len(ray.groups) == 1
+    assert sorted(worker.size for worker in pool.lenders()) == [1, 2]
+    (gang,) = [hand for hand in pool.hands.values() if hand.lender.size == 2]
+    gang.lender.render_id = "a"
+    turn(pool, {}, 3)
+    assert gang.lender.draining and len(pool.hands) == 2, "whoever has it keeps it, and its places"
+    gang.lender.render_id = ""
+    pool.end_if_leaving(gang)
+    assert ray.groups == [] and len(ray.killed) == 4
+    assert [worker.size for worker in pool.lenders()] == [1]
+
+
+def test_a_gang_waits_for_busy_workers_and_no_others_are_started_meanwhile(ray: Ray) -> None:
+    pool = asyncio.run(grown({NODE: Node(2)}, wanted=2))
+    busy, idle = pool.hands.values()
+    busy.lender.render_id = "a"
+    for _ in range(2):
+        turn(pool, {2: 1}, 2)
+    assert list(pool.hands.values()) == [busy] and busy.lender.draining
+    assert ray.groups == [] and len(ray.started) == 2
+    assert ray.killed == [idle.member.door._members[0]]
+
+
+def test_a_gang_that_no_cluster_holds_takes_nobodys_place(ray: Ray) -> None:
+    pool = asyncio.run(grown({NODE: Node(2)}, wanted=2, then=lambda pool: turn(pool, {3: 1}, 2)))
+    assert len(pool.lenders()) == 2 and ray.killed == []
+
+
+def test_a_gang_leaves_with_any_of_its_nodes(ray: Ray) -> None:
+    nodes = {NODE: Node(1), STABLE: Node(1)}
+    pool = asyncio.run(grown(nodes, wanted=0, then=lambda pool: turn(pool, {2: 1}, 2)))
+    (gang,) = pool.hands.values()
+    gang.member.door.node_ids, gang.lender.render_id = (NODE, STABLE), "a"
+    pool._mark(pool.nodes)
+    assert not gang.lender.draining
+    pool.nodes = {**nodes, STABLE: Node(1, draining=True)}
+    pool._mark(nodes)
+    assert gang.lender.draining

@@ -6,7 +6,10 @@ Each test finds a farm that runs and one node; whatever happens in it, its films
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ import psutil
 import pytest
 
 from cluster.cli import main
+from pipeline.records import unseal
 from tests.chaos.farm_place import (
     PRICE,
     TITLES,
@@ -28,6 +32,7 @@ from tests.chaos.farm_place import (
     write_film,
 )
 from tests.chaos.stage import HOOKS, ROOT, Stage, until
+from tests.tiny_checkpoint import make_checkpoint
 
 JOIN_LIMIT_S = 60.0
 """From a node's being ready to its first task. On a quiet machine it takes a few seconds (docs/cluster.md); here two
@@ -161,6 +166,27 @@ def test_a_node_that_joins_is_used_and_one_that_is_drained_gets_nothing_new(
     until(lambda: not psutil.pid_exists(held["pid"]), "the drained node's worker is ended")
     (gone,) = [node for node in place.cluster.worker_nodes if node.node_id == first]
     place.cluster.remove_node(gone)
+
+
+def test_a_gang_of_the_farm_dies_as_one_and_its_film_is_that_of_a_gang_alone(place: Place, tmp_path: Path) -> None:
+    film = write_film(tmp_path, make_checkpoint(tmp_path / "two-heads", heads=2), "usual")
+    film = film.rename(place.folder / "together.yaml")
+    alone = [sys.executable, "-m", "cluster.cli", "render", str(film), "--gang", "2", "--store", "alone"]
+    local = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    finish(subprocess.Popen(alone, cwd=tmp_path, env=local, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    second = place.add_node()
+    place.hooks.faults({"point": "step", "match": "segment/1", "do": "kill"})
+    place.rest(place.submit("together", "together", "--gang", "2"))
+    assert place.film_sha256("together") == sha256_of(tmp_path / "out/usual.mp4")
+    assert unseal(place.store("together").read("numerics.json"))["gang_size"] == 2
+    segments = [one for _, one in place.attempts("together") if "segment" in place.label_of("together", one.task_id)]
+    assert len(segments) == 3, "the one whose member was killed, once more"
+    assert all(one.node_id == "+".join(sorted(place.node_ids)) for one in segments), "a member on each node"
+    assert segments[-1].worker_id != segments[0].worker_id, "all of the gang went with its member"
+    windows = [one for _, one in place.attempts("together") if "window" in place.label_of("together", one.task_id)]
+    assert {one.node_id for one in windows} <= set(place.node_ids), "everything else is done alone"
+    (added,) = [node for node in place.cluster.worker_nodes if node.node_id == second]
+    place.cluster.remove_node(added)
 
 
 def test_a_render_is_paused_stops_at_its_cost_goes_on_and_is_downloaded(place: Place, films: dict[str, str]) -> None:
