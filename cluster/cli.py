@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.cli_deploy import add_manifest, add_schedule_commands
-from cluster.cli_farm import add_cluster, add_farm_commands, cluster_of, is_farmed
+from cluster.cli_farm import add_cluster, add_farm_commands, cluster_of, dashboard_of, is_farmed, run_there
 from pipeline.errors import LongtakeError
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(words)
     command: Command = options.command
     try:
+        if (dashboard := dashboard_of(options)) is not None:
+            return run_there(dashboard, options, words)
         return command(options)
     except LongtakeError as error:
         print(f"longtake: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,8 +46,33 @@ def add_farm_commands(commands: Commands) -> None:
 def add_cluster(parser: argparse.ArgumentParser) -> None:
     """Where the farm is."""
     add = parser.add_argument
-    add("--address", default=None, metavar="HOST:PORT", help="the cluster (default: RAY_ADDRESS)")
+    add("--address", default=None, metavar="HOST:PORT|URL", help="the cluster, or its dashboard (default: RAY_ADDRESS)")
     add("--insecure", action="store_true", help="use it even if anyone who reaches it can run code there")
+
+
+def dashboard_of(options: argparse.Namespace) -> str | None:
+    """The dashboard of the cluster whose farm is meant, where the cluster is named by it; None for other addresses."""
+    address = getattr(options, "address", None) or os.environ.get("RAY_ADDRESS") or ""
+    if not address.startswith(("http://", "https://")):
+        return None
+    is_meant = options.command in OF_A_FARM or ("place" in options and "address" in options and is_farmed(options))
+    return address if is_meant else None
+
+
+def run_there(dashboard: str, options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the command, given in these words, as a job on the cluster."""
+    from cluster import jobs
+    from cluster.farm_commands import books_url
+    from cluster.render import RenderRequest
+
+    insecure = options.insecure
+    if options.command is _download:
+        return jobs.download_there(dashboard, options.id, options.to, insecure=insecure)
+    if options.command in (_submit, _farm_start):
+        words = [*words, "--farm-store", books_url(options.farm_store)]
+    if options.command is _submit:
+        return jobs.submit_there(dashboard, RenderRequest(options.storyboard, options.store), words, insecure=insecure)
+    return jobs.run_there(dashboard, words, insecure=insecure)
 
 
 def is_farmed(options: argparse.Namespace) -> bool:
@@ -216,3 +242,6 @@ def _usage(options: argparse.Namespace) -> int:
     from cluster.farm_commands import print_usage
 
     return print_usage(cluster_of(options), options.by, as_json=options.json)
+
+
+OF_A_FARM = frozenset((_farm_start, _farm_stop, _submit, _list, _watch, _resume, _priority, _download, _usage))

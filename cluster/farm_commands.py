@@ -316,7 +316,7 @@ def _start_farm(store: str | None = None, device: str = "auto", **wishes: Any) -
 
     from cluster.farm import FarmSettings, farm_actor
 
-    url = open_store(store or os.environ.get(STORE_VARIABLE) or "renders/farm").url
+    url = books_url(store)
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     slots = wishes.pop("slots", None) or ("GPU" if device == "cuda" else "CPU")
@@ -324,6 +324,11 @@ def _start_farm(store: str | None = None, device: str = "auto", **wishes: Any) -
     ffmpeg = os.environ.get("LONGTAKE_FFMPEG")
     actor = farm_actor(FarmSettings(url, device, slots, ffmpeg=ffmpeg, **given))
     return Ask(actor)(actor.hello.remote())
+
+
+def books_url(store: str | None) -> str:
+    """Where a farm that is started keeps its books."""
+    return open_store(store or os.environ.get(STORE_VARIABLE) or "renders/farm").url
 
 
 def _say(row: Any, as_json: bool) -> int:

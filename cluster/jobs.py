@@ -1,0 +1,121 @@
+"""Farm commands for a cluster that is named by its dashboard (`http://head:8265`, the usual form for Ray jobs): the
+same command, run there as a Ray job, whose output and exit code are passed on.
+
+What `submit` names goes along: storyboard and media as the job's working directory. Store, checkpoint and books are
+under the same path there, as for every other node. Raises SettingError, TransientError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from cluster.access import check_address, has_token, is_loopback
+from cluster.download import download_film
+from cluster.places import default_store
+from cluster.probe import load_storyboard
+from cluster.render import RenderRequest
+from pipeline.errors import SettingError, TransientError
+from pipeline.store import open_store
+
+END_S = 60.0
+"""How long the exit code of a job may take after the end of its output."""
+LOOK_S = 0.2
+FILM = "film.yaml"
+
+
+def run_there(
+    address: str, words: Sequence[str], *, insecure: bool, folder: Path | None = None, out: IO[str] | None = None
+) -> int:
+    """Run `longtake` with these words on the cluster at `address`, in `folder` if there is one; its exit code.
+
+    What it prints goes to `out`, or to stdout. Interrupting this does not interrupt what runs there.
+    """
+    client = _client(address, insecure)
+    command = [*words, "--address", "auto"]
+    if insecure or (is_loopback(address) and not has_token()):
+        command.append("--insecure")
+    environment = {"working_dir": str(folder)} if folder is not None else {}
+    job_id = client.submit_job(entrypoint=f"python -m cluster.cli {shlex.join(command)}", runtime_env=environment)
+    asyncio.run(_pass_on(client, job_id, out or sys.stdout))
+    return _exit_code(client, job_id)
+
+
+def submit_there(address: str, film: RenderRequest, words: Sequence[str], *, insecure: bool) -> int:
+    """Have a storyboard submitted there: `longtake` with these words, one of which is the storyboard's name here."""
+    spec = load_storyboard(film.storyboard)
+    store = open_store(film.store or default_store(spec, film.storyboard)).url
+    command = [FILM if Path(word) == film.storyboard else word for word in words]
+    with tempfile.TemporaryDirectory(prefix="longtake-job-") as name:
+        folder, written = Path(name), spec.as_written()
+        for index, path in enumerate([*spec.media_paths(), *(lora.file for lora in spec.loras)]):
+            _take_along(Path(path), folder / f"{index}{Path(path).suffix}")
+            written = _renamed(written, path, f"{index}{Path(path).suffix}")
+        (folder / FILM).write_text(yaml.safe_dump(written, allow_unicode=True, sort_keys=False))
+        return run_there(address, [*command, "--store", store], insecure=insecure, folder=folder)
+
+
+def download_there(address: str, render_id: str, to: Path | None, *, insecure: bool) -> int:
+    """Copy the finished film of a render there to here."""
+    told = io.StringIO()
+    code = run_there(address, ["status", render_id, "--json"], insecure=insecure, out=told)
+    rows = [line for line in told.getvalue().splitlines() if line.startswith("{")]
+    if code or not rows:
+        print(told.getvalue(), end="", file=sys.stderr)
+        return code or 1
+    print(download_film(open_store(json.loads(rows[-1])["store_url"]), to))
+    return 0
+
+
+def _take_along(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise SettingError(f"cannot be read: {error.strerror}", field="storyboard", value=str(source)) from error
+
+
+def _renamed(data: Any, path: str, name: str) -> Any:
+    """A storyboard with a file that it names under another name."""
+    if isinstance(data, dict):
+        files = {key: name for key in ("image", "video", "soundtrack", "file") if data.get(key) == path}
+        return {key: _renamed(value, path, name) for key, value in data.items()} | files
+    return [_renamed(value, path, name) for value in data] if isinstance(data, list) else data
+
+
+def _client(address: str, insecure: bool) -> Any:
+    check_address(address, insecure=insecure)
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = "It has to be the address of the cluster's dashboard."
+        raise SettingError(f"takes no jobs: {first_line}", field="--address", value=address, remedy=remedy) from error
+
+
+async def _pass_on(client: Any, job_id: str, out: IO[str]) -> None:
+    async for text in client.tail_job_logs(job_id):
+        out.write(text)
+        out.flush()
+
+
+def _exit_code(client: Any, job_id: str) -> int:
+    until_s = time.monotonic() + END_S
+    while time.monotonic() < until_s:
+        job = client.get_job_info(job_id)
+        if job.status.is_terminal():
+            return int(job.driver_exit_code) if job.driver_exit_code is not None else 1
+        time.sleep(LOOK_S)
+    raise TransientError(f"the cluster does not say how job {job_id} ended; `ray job status {job_id}` asks again")
