@@ -33,6 +33,7 @@ from pipeline.plan import Plan
 
 SEGMENTS = 2
 """Of each of the film's two shots."""
+WARM = 1.5
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def print_calibration(request: CalibrateRequest) -> int:
         prepared = _prepare(request, Path(folder))
         began_s = time.time()
         events = _render(request, Path(folder))
-        run = Run(began_s, time.time(), events)
+        run = Run(began_s, time.time(), events, _page_start_s())
         numerics = Ledger(prepared.store).numerics() or {}
     kind = _kind_of(str(numerics.get("device", "cpu")))
     pace = pace_of(run, under_unit_pace(prepared), kind)
@@ -84,6 +85,8 @@ class Run:
     began_s: float
     ended_s: float
     events: Sequence[Mapping[str, Any]]
+    page_start_s: float = 0.0
+    """Seconds from starting the process that makes the report page to its beginning."""
 
 
 def film_of(render: RenderFacts, checkpoint: str, image: Path) -> dict[str, Any]:
@@ -134,6 +137,13 @@ def _render(request: CalibrateRequest, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
+def _page_start_s() -> float:
+    """How long the report page takes whatever the film's length: a process with its libraries."""
+    began_s = time.monotonic()
+    subprocess.run([sys.executable, "-m", "cluster.film_page", "--help"], stdout=subprocess.DEVNULL, check=True)
+    return time.monotonic() - began_s
+
+
 def under_unit_pace(prepared: Prepared) -> Plan:
     """The film's plan with, as each task's work, how many times its kind's base figure it is."""
     unit = Pace("", dict.fromkeys(PUBLISHED_SECONDS, 1.0), of_checkpoint=True)
@@ -152,6 +162,7 @@ def pace_of(run: Run, plan: Plan, kind: str) -> Pace:
     finished_s = next(event["time"] for event in run.events if event["event"] == "finished")
     joined_s = [event["time"] - started["time"] for event in run.events if event["event"] == "worker_joined"]
     seconds, warming_s = _task_seconds(run.events, plan, at_s)
+    page_s = finished_s - at_s["committed", plan.film_task_id]
     load_s = _load_seconds(run.events)
     return Pace(
         f"calibrated on {kind}, {started['workers']} worker(s) at once, {time.strftime('%Y-%m-%d')}",
@@ -160,15 +171,18 @@ def pace_of(run: Run, plan: Plan, kind: str) -> Pace:
         start_s=started["time"] - run.began_s,
         join_s=_mean(joined_s),
         load_s={role: value + warming_s.get(role, 0.0) for role, value in load_s.items()},
-        finish_s=run.ended_s - finished_s,
-        finish_s_per_frame=(finished_s - at_s["committed", plan.film_task_id]) / plan.film_frames,
+        finish_s=run.ended_s - finished_s + min(page_s, run.page_start_s),
+        finish_s_per_frame=max(0.0, page_s - run.page_start_s) / plan.film_frames,
     )
 
 
 def _task_seconds(
     events: Iterable[Mapping[str, Any]], plan: Plan, at_s: Mapping[tuple[str, str], float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds by kind for work 1, and by role what the first order of a worker in it took beyond that (compiling)."""
+    """Seconds by kind for work 1, and by role what the first order of a worker in it took beyond that (compiling).
+
+    A first order that takes less than WARM times the usual is an order like the others: so much their neighbours do.
+    """
     spent: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     first: list[tuple[str, float, float]] = []
     seen: set[tuple[str, str]] = set()
@@ -182,13 +196,21 @@ def _task_seconds(
             first.append((task.kind, took_s, task.work))
     for kind in {kind for kind, _, _ in first} - set(spent):
         spent[kind] = [(took_s, work) for its_kind, took_s, work in first if its_kind == kind]
-    seconds = {kind: sum(s for s, _ in all_of) / sum(w for _, w in all_of) for kind, all_of in spent.items()}
+        first = [one for one in first if one[0] != kind]
+    later_s = {kind: _for_work_1(all_of) for kind, all_of in spent.items()}
     excess: defaultdict[str, list[float]] = defaultdict(list)
     for kind, took_s, work in first:
-        role = {"segment": "chain", "window": "refine"}.get(kind)
-        if role is not None:
-            excess[role].append(max(0.0, took_s - seconds[kind] * work))
+        usual_s, role = later_s[kind] * work, {"segment": "chain", "window": "refine"}.get(kind)
+        if took_s < WARM * usual_s:
+            spent[kind].append((took_s, work))
+        elif role is not None:
+            excess[role].append(took_s - usual_s)
+    seconds = {kind: _for_work_1(all_of) for kind, all_of in spent.items()}
     return seconds, {role: _mean(values) for role, values in excess.items()}
+
+
+def _for_work_1(all_of: Sequence[tuple[float, float]]) -> float:
+    return sum(seconds for seconds, _ in all_of) / sum(work for _, work in all_of)
 
 
 def _load_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

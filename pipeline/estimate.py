@@ -72,7 +72,8 @@ def _seconds(task: Task, pace: Pace, render: RenderFacts) -> float:
     if task.kind == "window":
         return base * _px_share(task, render, is_measured)
     if task.kind == "encode":
-        decoded = len(task.params["layers"]) * int(task.params["frames"])
+        # From the first latent on, whatever is shown of them.
+        decoded = sum(max(stop for _, stop, _ in layer["ranges"]) for layer in task.params["layers"])
         return base * _px_share(task, render, is_measured) * decoded / PUBLISHED_ENCODE_FRAMES
     return base
 

@@ -30,6 +30,8 @@ from tests.chaos.farm_place import TITLES, farm_process, write_film
 from tests.tiny_checkpoint import make_checkpoint
 
 Event = dict[str, Any]
+LOOK_S = 1.0
+"""Between two looks at what the farm tells of its renders: every look costs its process something."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def farmed(folder: Path, films: Sequence[Path]) -> tuple[list[Event], float]:
             ask(actor.submit.remote(submission_of(prepared, Wishes(render_id=film.stem))))
         cursors, events = dict.fromkeys((film.stem for film in films), 0), list[Event]()
         while cursors:
-            time.sleep(0.2)
+            time.sleep(LOOK_S)
             for render_id in list(cursors):
                 news = ask(actor.follow.remote(render_id, cursors[render_id]))
                 events += news.events

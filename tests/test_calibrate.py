@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ def test_what_only_a_workers_first_order_takes_counts_as_loading() -> None:
     pace = pace_of(told(plan, compiling_s=60.0), plan, "h200")
     assert pace.seconds["window"] == pytest.approx(SECONDS["window"])
     assert pace.load_s["refine"] == pytest.approx(LOADS["refine"] + 60.0)
+
+
+def test_a_first_order_that_is_hardly_slower_is_an_order_like_the_others() -> None:
+    plan = small_plan()
+    windows = [task for task in plan.tasks.values() if task.kind == "window"]
+    pace = pace_of(told(plan, compiling_s=6.0), plan, "h200")
+    assert pace.seconds["window"] == pytest.approx(SECONDS["window"] + 6.0 / len(windows))
+    assert pace.load_s["refine"] == pytest.approx(LOADS["refine"])
+
+
+def test_what_the_page_takes_whatever_the_films_length_is_counted_once() -> None:
+    plan = small_plan()
+    pace = pace_of(replace(told(plan), page_start_s=1.0), plan, "h200")
+    assert pace.finish_s == pytest.approx(2.5)
+    assert pace.finish_s_per_frame == pytest.approx(0.002 - 1.0 / plan.film_frames)
+    slow = pace_of(replace(told(plan), page_start_s=1e6), plan, "h200")
+    assert (slow.finish_s, slow.finish_s_per_frame) == (pytest.approx(1.5 + 0.002 * plan.film_frames), 0.0)
 
 
 def test_a_forecast_under_the_pace_read_gives_the_run_it_was_read_from() -> None:
