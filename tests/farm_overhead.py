@@ -42,14 +42,20 @@ class Overheads:
     call_s: Sequence[float]
     computed_s: float
 
+    @property
+    def median_s(self) -> float:
+        """Of a task, before its order and beside computing."""
+        return statistics.median(self.idle_s) + statistics.median(self.call_s)
+
     def lines(self) -> list[str]:
         """For people."""
         total_s = sum(self.idle_s) + sum(self.call_s)
+        share = total_s / (total_s + self.computed_s)
         return [
             f"  before an order: median {statistics.median(self.idle_s) * 1e3:.1f} ms ({len(self.idle_s)} orders)",
             f"  order to commit, less computing: median {statistics.median(self.call_s) * 1e3:.1f} ms "
             f"({len(self.call_s)} tasks)",
-            f"  together {total_s:.2f} s beside {self.computed_s:.2f} s of computing",
+            f"  together {total_s:.2f} s beside {self.computed_s:.2f} s of computing: {100 * share:.1f} %",
         ]
 
 
@@ -122,12 +128,13 @@ def main() -> None:
         for number in range(renders):
             film = write_film(folder, checkpoint, TITLES[number % len(TITLES)])
             films.append(film.rename(folder / f"film-{number}.yaml"))
-        print("longtake render, one film")
-        print("\n".join(overheads(alone(folder, films[0])).lines()))
+        single = overheads(alone(folder, films[0]))
+        print("\n".join(["longtake render, one film", *single.lines()]), flush=True)
         events, spent_s = farmed(folder, films)
         result = overheads(events)
         print(f"a farm, {renders} films")
         print("\n".join(result.lines()))
+        print(f"  more than `longtake render`: {(result.median_s - single.median_s) * 1e3:.1f} ms a task")
         print(f"  processor time of its process: {spent_s / len(result.call_s) * 1e3:.1f} ms a task")
 
 
