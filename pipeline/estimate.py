@@ -73,7 +73,7 @@ def _seconds(task: Task, pace: Pace, render: RenderFacts) -> float:
         return base * _px_share(task, render, is_measured)
     if task.kind == "encode":
         # From the first latent on, whatever is shown of them.
-        decoded = sum(max(stop for _, stop, _ in layer["ranges"]) for layer in task.params["layers"])
+        decoded: int = sum(max(stop for _, stop, _ in layer["ranges"]) for layer in task.params["layers"])
         return base * _px_share(task, render, is_measured) * decoded / PUBLISHED_ENCODE_FRAMES
     return base
 
