@@ -113,7 +113,7 @@ class Pool:
 
     def _mark(self, before: Mapping[str, Node]) -> None:
         for hand in list(self.hands.values()):
-            nodes = [self.nodes.get(node_id) for node_id in _places(hand)]
+            nodes = [self.nodes.get(place) for place in _places(hand) if place != GANG]
             hand.lender.draining = hand.leaving or any(node is None or node.draining for node in nodes)
             self.end_if_leaving(hand)
         if before != self.nodes:

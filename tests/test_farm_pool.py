@@ -179,6 +179,10 @@ def test_a_gang_leaves_with_any_of_its_nodes(ray: Ray) -> None:
     nodes = {NODE: Node(1), STABLE: Node(1)}
     pool = asyncio.run(grown(nodes, wanted=0, then=lambda pool: turn(pool, {2: 1}, 2)))
     (gang,) = pool.hands.values()
+    node_id, gang.lender.node_id, gang.member.door.node_ids = gang.lender.node_id, GANG, ()
+    pool._mark(pool.nodes)
+    assert not gang.lender.draining, "nobody knows yet where it will be"
+    gang.lender.node_id = node_id
     gang.member.door.node_ids, gang.lender.render_id = (NODE, STABLE), "a"
     pool._mark(pool.nodes)
     assert not gang.lender.draining
