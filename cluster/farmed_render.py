@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from cluster.farm_pool import numerics_name
 from cluster.job import RenderJob
-from cluster.orchestrator import Member, Orchestrator, with_precision
+from cluster.orchestrator import Member, Orchestrator
 from pipeline import events as ev
 from pipeline.errors import LongtakeError
 from pipeline.farm import Grant, Load, Needs
