@@ -136,8 +136,8 @@ class Worker:
 
     def dismiss(self) -> None:
         """Clean up; the process is about to be ended."""
-        self._log.settle()
         shutil.rmtree(self._scratch_path, ignore_errors=True)
+        self._log.settle()
 
     def _guarded(self, action: Callable[[], T]) -> T | Failed:
         """The worker boundary: the one place that catches everything."""
