@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
+import re
 import shlex
 import shutil
 import sys
@@ -33,6 +35,8 @@ END_S = 60.0
 """How long the exit code of a job may take after the end of its output."""
 LOOK_S = 0.2
 FILM = "film.yaml"
+_RAYS_OWN = re.compile(r"\S+ \S+\s+INFO job_manager\.py|Running entrypoint for job ")
+"""What Ray writes into a job's output before it begins."""
 
 
 def run_there(
@@ -97,6 +101,8 @@ def _client(address: str, insecure: bool) -> Any:
     check_address(address, insecure=insecure)
     from ray.job_submission import JobSubmissionClient
 
+    # It tells of every package and connection on stderr.
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
@@ -106,9 +112,12 @@ def _client(address: str, insecure: bool) -> Any:
 
 
 async def _pass_on(client: Any, job_id: str, out: IO[str]) -> None:
+    rest = ""
     async for text in client.tail_job_logs(job_id):
-        out.write(text)
+        *lines, rest = (rest + text).split("\n")
+        out.writelines(f"{line}\n" for line in lines if not _RAYS_OWN.match(line))
         out.flush()
+    out.write(rest)
 
 
 def _exit_code(client: Any, job_id: str) -> int:

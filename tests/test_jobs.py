@@ -53,7 +53,8 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
 def test_a_command_is_run_there_and_its_output_and_exit_code_come_back(
     jobs: Jobs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs.says, jobs.exit_code = "ID STATE\n", 75
+    rays_own = "2026-11-26 20:21:23,734\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+    jobs.says, jobs.exit_code = f"{rays_own}Running entrypoint for job a: python -m x\nID STATE\n", 75
     assert main(["watch", "film-1", "--address", DASHBOARD]) == 75
     assert capsys.readouterr().out == "ID STATE\n"
     monkeypatch.setenv("RAY_ADDRESS", DASHBOARD)
