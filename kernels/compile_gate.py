@@ -115,7 +115,7 @@ def _attention(descriptors: bool) -> Iterator[Case]:
         "queries": "*i32",
         "starts": "*i32",
     }
-    numbers = {"heads": "i32", "width": "i32", "wave": "i32", "q_blocks": "i32", "pairs": "i32"}
+    numbers = {"heads": "i32", "width": "i32", "q_blocks": "i32", "pairs": "i32"}
     scales = {"scale": "fp32", "scale_log2": "fp32", "shift_log2": "fp32"}
     tensors = {
         **dict.fromkeys(("q", "k", "v", "out", "d_out"), tile),
@@ -171,7 +171,7 @@ def _rows() -> Iterator[Case]:
         "index": "*i32",
     }
     types["eps"] = "fp32"
-    sizes = {"TOKENS": 64, "AT_ONCE": 8, "HEADS": 8, "D": 128, "WIDE": 128, "TYPE": bf16}
+    sizes = {"TOKENS": 64, "AT_ONCE": 2, "HEADS": 32, "D": 128, "WIDE": 128, "TYPE": bf16}
     for indexed in (True, False):
         name = "norm_rope, index, means" if indexed else "norm_rope, means"
         flags = {"ROTATE": True, "INDEXED": indexed, "MEANS": True}

@@ -29,10 +29,8 @@ MAX_LOGIT_BOUND = 40.0
 
 # Launch options (compile-time figures of the alternatives: docs/kernels.md). 64x64 tiles live on occupancy.
 FORWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
-_RESIDENT = 2  # programs of the forward kernel on a multiprocessor at once
 BACKWARD_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
-_RESIDENT = 4  # programs of the forward kernel that are on a multiprocessor at once
 
 # Gating: tiles of scores, how many scores are in memory at a time (32 MiB, less than the cache of a large GPU), and the
 # launch options. The running sum in `choose_kernel` has 16 bits for a count.
@@ -78,15 +76,11 @@ def forward_kernel(
     k_stride, k_batch, k_head, k_col,
     v_stride, v_batch, v_head, v_col,
     o_stride, o_batch, o_head, o_col,
-    heads, width, wave, scale_log2, shift_log2,
+    heads, width, scale_log2, shift_log2,
     BQ: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
     FIXED_SHIFT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query block of one head over its list of key blocks.
-
-    Every other `wave` of programs goes through its lists backwards: a program that follows another on a multiprocessor
-    then begins among the keys that its neighbours are reading, and what is in cache stays of use.
-    """
+    """One program: one query block of one head over its list of key blocks."""
     block, head = tl.program_id(0), tl.program_id(1)
     b, h = head // heads, head % heads
     q_row = b * q_batch + h * q_head + block * BQ
@@ -102,13 +96,10 @@ def forward_kernel(
         top = tl.full([BQ], float("-inf"), tl.float32)
     mass = tl.zeros([BQ], tl.float32)
     acc = tl.zeros([BQ, WIDE], tl.float32)
-    step = 1 - 2 * ((line // wave) % 2).to(tl.int32)
-    at = tl.where(step < 0, count - 1, 0)
-    index = tl.load(near + at)
-    for _ in range(count):
+    index = tl.load(near)
+    for j in range(count):
         # The next index is asked for a whole tile before it is needed.
-        at += step
-        following = tl.load(near + at, mask=(at >= 0) & (at < count), other=0)
+        following = tl.load(near + j + 1, mask=j + 1 < count, other=0)
         k_tile = _load_rows(k, k_row + index * BK, k_at, k_stride, BK, D, WIDE, TMA)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         v_tile = _load_rows(v, v_row + index * BK, v_at, v_stride, BK, D, WIDE, TMA)
@@ -442,10 +433,6 @@ def _choose(
         )  # fmt: skip
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def transpose_lists(kept: Tensor, counts: Tensor, n_k: int) -> tuple[Tensor, Tensor]:
     """For each key block the query blocks that see it: queries int32 [B*H, nq*m], starts int32 [B*H, nk+1].
 
@@ -498,7 +485,7 @@ def launch_forward(
         tiles.source(rq, tiles.block_q), tiles.source(rk, tiles.block_k), tiles.source(rv, tiles.block_k),
         tiles.source(ro, tiles.block_q), lse2, kept, counts,
         *rq.strides(), *rk.strides(), *rv.strides(), *ro.strides(),
-        h, kept.shape[-1], _RESIDENT * _multiprocessors(q.device), d**-0.5 * LOG2_E, shift,
+        h, kept.shape[-1], d**-0.5 * LOG2_E, shift,
         **tiles.constants(q), FIXED_SHIFT=fixed, **options,
     )  # fmt: skip
     return out, lse2

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TOKENS, _AT_ONCE, _HEADS = 64, 8, 8
+_TOKENS = 64
+_ROWS, _HEADS = 64, 32  # rows (of all heads together) at a time, and heads at most
 OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
@@ -67,13 +68,14 @@ def norm_rope(
     b, h, n, d = x.shape
     out = torch.empty(b, n, h, d, dtype=x.dtype, device=x.device).transpose(1, 2)
     tokens = _TOKENS if block is None else block
+    together = min(_HEADS, triton.next_power_of_2(h))
     means = None if block is None else torch.empty(b, h, n // block, d, dtype=torch.float32, device=x.device)
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    norm_rope_kernel[(triton.cdiv(h, _HEADS), triton.cdiv(n, tokens), b)](
+    norm_rope_kernel[(triton.cdiv(h, together), triton.cdiv(n, tokens), b)](
         x, weight, table, index, out, means,
         x.stride(2), x.stride(0), x.stride(1), out.stride(2), out.stride(0), out.stride(1),
         n, h, eps,
-        TOKENS=tokens, AT_ONCE=min(tokens, _AT_ONCE), HEADS=_HEADS, D=d, WIDE=triton.next_power_of_2(d),
+        TOKENS=tokens, AT_ONCE=min(tokens, _ROWS // together), HEADS=together, D=d, WIDE=triton.next_power_of_2(d),
         ROTATE=table is not None, INDEXED=index is not None, MEANS=block is not None, TYPE=types[x.dtype],
         **OPTIONS,
     )  # fmt: skip
