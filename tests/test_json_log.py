@@ -71,4 +71,5 @@ def test_people_get_the_same_lines_as_before(
     with worker_log.attempt(store, path):
         logging.getLogger("longtake.worker").info("step 3")
     assert capsys.readouterr().out == ""
+    worker_log.settle()
     assert b"INFO longtake.worker step 3" in store.read(path)
