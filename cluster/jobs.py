@@ -86,7 +86,9 @@ def _take_along(source: Path, target: Path) -> None:
     try:
         shutil.copyfile(source, target)
     except OSError as error:
-        raise SettingError(f"cannot be read: {error.strerror}", field="storyboard", value=str(source)) from error
+        remedy = "What a storyboard names has to be readable here: it goes along to the cluster."
+        message = f"cannot be read: {error.strerror}"
+        raise SettingError(message, field="storyboard", value=str(source), remedy=remedy) from error
 
 
 def _renamed(data: Any, path: str, name: str) -> Any:

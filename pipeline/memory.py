@@ -1,9 +1,9 @@
 """What each role needs of a card's memory, and of the host's, before anything runs.
 
-Contract: pure arithmetic on a plan and the sizes of its networks. All is in bf16, as on GPUs, and estimated: nothing of
-it was measured. The formulas follow what `model.footprint` counts when the real network runs without memory, and are
-held to that by a test. With E = 2 bytes a number, W the width, F that of the feed-forward part, N tokens to denoise, M
-tokens in the condition cache, P = min(N, 40960), B samples at once (2 with guidance):
+Contract: pure arithmetic on a plan and the sizes of its networks. All is in bf16, as on GPUs, and estimated; what was
+measured of it stands in docs/kernels.md. The formulas follow what `model.footprint` counts when the real network runs
+without memory, and are held to that by a test. With E = 2 bytes a number, W the width, F that of the feed-forward part,
+N tokens to denoise, M tokens in the condition cache, P = min(N, 40960), B samples at once (2 with guidance):
 
     cache       2 E W layers M
     attention   E W B (4 N + 2 (M + N)), while it is made E W B (3 N + 2 (M + N) + 5 P);

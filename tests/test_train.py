@@ -234,6 +234,14 @@ def test_batches_drawn_ahead_by_other_processes_come_in_order() -> None:
         ahead.take(3)
 
 
+def test_an_autoencoder_goes_on_from_a_checkpoints_weights(vae, tmp_path) -> None:
+    write_vae(vae, tmp_path)
+    run = Plan(steps=0, rate=1e-3, final_rate=1e-4)
+    begun = train_clips(tmp_path, run, 4, 9, log=quiet, measured=False, clips=1, start_from=tmp_path)
+    for name, weight in load_vae(tmp_path, device="cpu", dtype=torch.float32).state_dict().items():
+        assert torch.equal(begun.state_dict()[name], weight), name
+
+
 def test_a_cache_of_films_is_the_same_clips_in_however_many_shards(vae, tmp_path, monkeypatch) -> None:
     build_cache(vae, tmp_path / "whole", seed=3, clips=7, frames=93, size=(16, 24))
     monkeypatch.setattr("model.train.films.SHARD", 3)

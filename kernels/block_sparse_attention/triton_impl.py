@@ -27,10 +27,9 @@ _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 # A fixed shift b leaves probabilities of at least exp(-2b): they must stay normal numbers in fp32 and bf16.
 MAX_LOGIT_BOUND = 40.0
 
-# Launch options (compile-time figures of the alternatives: docs/kernels.md). 64x64 tiles live on occupancy.
+# Launch options; the alternatives' registers and times are in docs/kernels.md.
 FORWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
 BACKWARD_OPTIONS = {"num_warps": 8, "num_stages": 1}
-
 
 # Gating: tiles of scores, how many scores are in memory at a time (32 MiB, less than the cache of a large GPU), and the
 # launch options. The running sum in `choose_kernel` has 16 bits for a count.
