@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ REQUEST_LIMIT_S = 60
 RANGE_BYTES = 16 * 1024 * 1024
 READERS = 32
 LARGE_READERS = 8
-_FULL_SIGNS = ("507", "StorageFull", "QuotaExceeded", "InsufficientStorage")
+_FULL = re.compile(r"status code: 507\b|StorageFull|QuotaExceeded|InsufficientStorage")
+"""The status and the codes of a store without space; 507 alone may be part of a duration or an address."""
 _NO_BUCKET_SIGNS = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 T = TypeVar("T")
 
@@ -217,7 +219,7 @@ def _mapped(path: str, error: Exception) -> Exception:
             remedy = "Create it, or correct its name."
             return SettingError(f"there is no such bucket: {text}", field="--store", remedy=remedy)
         return FileNotFoundError(path)
-    if any(sign in text for sign in _FULL_SIGNS):
+    if _FULL.search(text):
         return StoreFull(f"no space left for {path}: {text}")
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         remedy = "Check the credentials and the bucket's permissions."

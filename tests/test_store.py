@@ -368,11 +368,25 @@ def test_a_record_created_by_somebody_else_meanwhile_is_not_ours() -> None:
     assert not store.create_if_absent("commits/a.json", b"mine")
 
 
-def test_a_full_object_store_is_named_at_once() -> None:
-    store, pauses = _flaky_store(Flaky(before=1, message="507 XMinioStorageFull"))
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Server returned non-2xx status code: 507 Insufficient Storage: ",
+        "Server returned non-2xx status code: 400 Bad Request: <Code>XMinioStorageFull</Code>",
+    ],
+)
+def test_a_full_object_store_is_named_at_once(message: str) -> None:
+    store, pauses = _flaky_store(Flaky(before=1, message=message))
     with pytest.raises(StoreFull):
         store.write_attempt("attempts/a/1/a.bin", b"x")
     assert not pauses
+
+
+def test_a_duration_or_an_address_with_the_digits_507_is_no_full_store() -> None:
+    silence = "Error performing GET http://10.0.0.1:25507/a in 5.001507813s - HTTP error: error sending request"
+    store, pauses = _flaky_store(Flaky(before=1, message=silence))
+    store.write_attempt("attempts/a/1/a.bin", b"x")
+    assert len(pauses) == 1
 
 
 # S3 over HTTP
