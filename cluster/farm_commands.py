@@ -23,7 +23,7 @@ from cluster.preflight import check_before_rendering
 from cluster.progress import format_seconds, make_display
 from cluster.render import Prepared, RenderRequest, prepare, put_media
 from cluster.session import open_session
-from pipeline.errors import LongtakeError, SettingError, TransientError
+from pipeline.errors import LongtakeError, SettingError, TransientError, first_line
 from pipeline.store import open_store
 from pipeline.submissions import Adjusted, Hook, Occasion, Phase, Submission, check_priority, render_id_of
 
@@ -287,8 +287,7 @@ class Ask:
             cause = error.cause if isinstance(error.cause, LongtakeError) else error
             raise cause from None
         except ray.exceptions.RayError as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TransientError(f"the farm does not answer: {first_line}; try again") from error
+            raise TransientError(f"the farm does not answer: {first_line(error)}; try again") from error
 
 
 @contextlib.contextmanager

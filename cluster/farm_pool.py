@@ -25,8 +25,9 @@ from ray.autoscaler.sdk import request_resources
 from cluster.door import RAY_LOSSES, Door
 from cluster.drain import draining_nodes
 from cluster.job import Failed, WorkerSettings
-from cluster.orchestrator import START_LIMIT_S, Member, first_line, workers_part
+from cluster.orchestrator import START_LIMIT_S, Member, workers_part
 from cluster.placement import Placement
+from pipeline.errors import first_line
 from pipeline.farm import Growth, Lender
 from pipeline.tasks import content_id
 

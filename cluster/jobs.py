@@ -28,13 +28,16 @@ from cluster.download import download_film
 from cluster.places import default_store
 from cluster.probe import load_storyboard
 from cluster.render import RenderRequest
-from pipeline.errors import SettingError, TransientError
+from pipeline.errors import SettingError, TransientError, first_line
 from pipeline.store import open_store
 
+START_S = 60.0
+"""How long a cluster may say that it is not ready for jobs."""
 END_S = 60.0
 """How long the exit code of a job may take after the end of its output."""
 LOOK_S = 0.2
 FILM = "film.yaml"
+_ABOUT_ITSELF = "longtake: "
 _RAYS_OWN = re.compile(r"\S+ \S+\s+INFO job_manager\.py|Running entrypoint for job ")
 """What Ray writes into a job's output before it begins."""
 
@@ -44,14 +47,15 @@ def run_there(
 ) -> int:
     """Run `longtake` with these words on the cluster at `address`, in `folder` if there is one; its exit code.
 
-    What it prints goes to `out`, or to stdout. Interrupting this does not interrupt what runs there.
+    What it prints goes to `out`, or to stdout; Ray makes one stream of the job's two, so that what longtake says about
+    itself is told by its beginning and goes to stderr. Interrupting this does not interrupt what runs there.
     """
     client = _client(address, insecure)
     command = [*words, "--address", "auto"]
     if insecure or (is_loopback(address) and not has_token()):
         command.append("--insecure")
     environment = {"working_dir": str(folder)} if folder is not None else {}
-    job_id = client.submit_job(entrypoint=f"python -m cluster.cli {shlex.join(command)}", runtime_env=environment)
+    job_id = _submitted(client, f"python -m cluster.cli {shlex.join(command)}", environment)
     asyncio.run(_pass_on(client, job_id, out or sys.stdout))
     return _exit_code(client, job_id)
 
@@ -103,22 +107,38 @@ def _client(address: str, insecure: bool) -> Any:
     check_address(address, insecure=insecure)
     from ray.job_submission import JobSubmissionClient
 
-    # It tells of every package and connection on stderr.
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    # They tell of every package and connection on stderr.
+    for name in ("ray", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = "It has to be the address of the cluster's dashboard."
-        raise SettingError(f"takes no jobs: {first_line}", field="--address", value=address, remedy=remedy) from error
+        message = f"takes no jobs: {first_line(error)}"
+        raise SettingError(message, field="--address", value=address, remedy=remedy) from error
+
+
+def _submitted(client: Any, entrypoint: str, environment: dict[str, str]) -> str:
+    """The id of a new job. A cluster that has just started may need a moment before it takes one."""
+    until_s = time.monotonic() + START_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
+        except (ConnectionError, RuntimeError) as error:
+            if not isinstance(error, RuntimeError) or "No available agent" not in str(error):
+                raise TransientError(f"the cluster did not take the job: {first_line(error)}") from error
+            if time.monotonic() >= until_s:
+                raise TransientError("the cluster takes no jobs yet; try again later") from error
+        time.sleep(LOOK_S)
 
 
 async def _pass_on(client: Any, job_id: str, out: IO[str]) -> None:
     rest = ""
     async for text in client.tail_job_logs(job_id):
         *lines, rest = (rest + text).split("\n")
-        out.writelines(f"{line}\n" for line in lines if not _RAYS_OWN.match(line))
-        out.flush()
+        for line in lines:
+            if not _RAYS_OWN.match(line):
+                print(line, file=sys.stderr if line.startswith(_ABOUT_ITSELF) else out, flush=True)
     out.write(rest)
 
 

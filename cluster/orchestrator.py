@@ -32,7 +32,7 @@ from cluster.publish import Publisher
 from cluster.recipe import RECIPE_FILE, make_plan
 from pipeline import events as ev
 from pipeline.carrier import asks_ledger, carry_out
-from pipeline.errors import LongtakeError
+from pipeline.errors import LongtakeError, first_line
 from pipeline.ledger import Ledger
 from pipeline.machine import Machine
 from pipeline.params import WeightsParams
@@ -608,11 +608,6 @@ def workers_part(numerics: Mapping[str, Any]) -> dict[str, Any]:
     weights, nor how many compute its segments together.
     """
     return {name: value for name, value in numerics.items() if name not in ("precision", "gang_size")}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class MeteredOrchestrator(Orchestrator):

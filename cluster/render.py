@@ -29,7 +29,7 @@ from cluster.probe import load_storyboard, probe_facts
 from cluster.progress import Display, format_seconds, make_display
 from cluster.recipe import Recipe, make_plan
 from pipeline.changes import left_to_do
-from pipeline.errors import InputFileError, Interrupted, SettingError, TransientError
+from pipeline.errors import InputFileError, Interrupted, SettingError, TransientError, first_line
 from pipeline.journal import RedoRequested
 from pipeline.lease import refuse_if_live, this_process
 from pipeline.ledger import Ledger, LedgerState
@@ -304,8 +304,7 @@ def _lost(error: Exception, stop: Stop) -> Outcome:
     """The orchestrator's process is gone. After a request to stop that is how some systems carry it out."""
     if stop.codes:
         return Outcome(stop.codes[-1], "stopped; the same command continues")
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return Outcome(1, f"the orchestrator is gone ({first_line}); the same command continues")
+    return Outcome(1, f"the orchestrator is gone ({first_line(error)}); the same command continues")
 
 
 def put_media(plan: Plan, store: Store) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.access import check_address, has_token, write_token
-from pipeline.errors import SettingError
+from cluster.scratch import make_folder
+from pipeline.errors import SettingError, first_line
 
 NAMESPACE = "longtake"
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
@@ -52,8 +52,7 @@ def open_session(
 @contextlib.contextmanager
 def local_session(cpus: int) -> Iterator[Session]:
     """A private cluster on this machine, gone when the context ends."""
-    sweep_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=_temp_root()))
+    folder = make_folder(_temp_root(), _FOLDER_PREFIX)
     try:
         with _environment(_local_environment(folder)):
             yield from _connected(
@@ -73,8 +72,7 @@ def _joined_session(address: str, gpus: int, insecure: bool) -> Iterator[Session
     try:
         yield from _connected(None, gpus=gpus, address=address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"cannot join the cluster: {first_line}"
+        message = f"cannot join the cluster: {first_line(error)}"
         remedy = "Check `ray status` there."
         raise SettingError(message, field="--address", value=address, remedy=remedy) from error
 
@@ -158,11 +156,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def _temp_root() -> str:
     root = tempfile.gettempdir()
     return root if len(root) <= _MAX_TEMP_CHARS else "/tmp"
-
-
-def sweep_abandoned() -> None:
-    """Remove the folders of local sessions that were killed."""
-    for folder in Path(_temp_root()).glob(f"{_FOLDER_PREFIX}*"):
-        match = re.fullmatch(rf"{_FOLDER_PREFIX}(\d+)-.+", folder.name)
-        if match and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{match[1]}").exists():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -142,3 +142,8 @@ class Interrupted(LongtakeError):
     def __init__(self, message: str = "stopped on request", exit_code: int = 75) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

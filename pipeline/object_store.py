@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import SettingError, StoreError, StoreFull
+from pipeline.errors import SettingError, StoreError, StoreFull, first_line
 from pipeline.store import Store, StoredFile, check_artifact, check_path, corrupt, hash_stream
 from pipeline.tasks import ArtifactFile
 
@@ -213,7 +213,7 @@ def _mapped(path: str, error: Exception) -> Exception:
 
     if isinstance(error, StoreError | StoreFull | SettingError):
         return error
-    text = _first_line(error)
+    text = first_line(error)[:300]
     if isinstance(error, FileNotFoundError):
         if any(sign in str(error) for sign in _NO_BUCKET_SIGNS):
             remedy = "Create it, or correct its name."
@@ -227,10 +227,6 @@ def _mapped(path: str, error: Exception) -> Exception:
     if isinstance(error, exceptions.NotSupportedError | exceptions.InvalidPathError):
         return SettingError(f"the store cannot do this for {path}: {text}", field="--store")
     return StoreError(f"{path}: {text}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _digest_of(source: bytes | Path) -> tuple[str, int]:

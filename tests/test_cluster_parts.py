@@ -17,15 +17,15 @@ import pytest
 
 from cluster.door import Door
 from cluster.job import Failed, Greeting, RenderJob, WorkerSettings
-from cluster.orchestrator import Member, Orchestrator, Story, fate_of, first_line, lost_worker
+from cluster.orchestrator import Member, Orchestrator, Story, fate_of, lost_worker
 from cluster.placement import place_workers
 from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
 from cluster.publish import units_so_far
 from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import useful_workers
-from cluster.session import sweep_abandoned
-from pipeline.errors import SettingError
+from cluster.scratch import make_folder
+from pipeline.errors import SettingError, first_line
 from pipeline.events import Fault, NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
 from pipeline.spec import parse_spec
@@ -74,15 +74,15 @@ def test_a_plan_with_one_window_keeps_one_worker_busy() -> None:
 # Sessions
 
 
-def test_folders_of_killed_sessions_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefix", ["lt-", "lt-work-node-7-"])
+def test_folders_of_killed_processes_are_swept(tmp_path: Path, prefix: str) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    monkeypatch.setattr("cluster.session._temp_root", lambda: str(tmp_path))
-    for pid in (gone.pid, os.getpid()):
-        (tmp_path / f"lt-{pid}-abc").mkdir()
-    (tmp_path / "lt-notes").mkdir()
-    sweep_abandoned()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"lt-{os.getpid()}-abc", "lt-notes"])
+    kept = {f"{prefix}{os.getpid()}-abc", f"{prefix}notes", f"other-{gone.pid}-abc", f"{prefix}x-{gone.pid}-abc"}
+    for name in (*kept, f"{prefix}{gone.pid}-abc"):
+        (tmp_path / name).mkdir()
+    made = make_folder(tmp_path, prefix)
+    assert {path.name for path in tmp_path.iterdir()} == kept | {made.name}
 
 
 # Recipe

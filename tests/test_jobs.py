@@ -23,12 +23,15 @@ class Jobs:
         self.films: list[dict[str, Any]] = []
         self.files: list[dict[str, bytes]] = []
         self.says, self.exit_code = "", 0
+        self.refusals: list[Exception] = []
 
     def __call__(self, address: str) -> Jobs:
         assert address == DASHBOARD
         return self
 
     def submit_job(self, *, entrypoint: str, runtime_env: dict[str, str]) -> str:
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.commands.append(entrypoint)
         if folder := runtime_env.get("working_dir"):
             self.films.append(yaml.safe_load((Path(folder) / "film.yaml").read_text()))
@@ -54,9 +57,11 @@ def test_a_command_is_run_there_and_its_output_and_exit_code_come_back(
     jobs: Jobs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rays_own = "2026-11-26 20:21:23,734\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
-    jobs.says, jobs.exit_code = f"{rays_own}Running entrypoint for job a: python -m x\nID STATE\n", 75
+    jobs.says = f"{rays_own}Running entrypoint for job a: python -m x\nID STATE\nlongtake: stopped\n"
+    jobs.exit_code = 75
     assert main(["watch", "film-1", "--address", DASHBOARD]) == 75
-    assert capsys.readouterr().out == "ID STATE\n"
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("ID STATE\n", "longtake: stopped\n")
     monkeypatch.setenv("RAY_ADDRESS", DASHBOARD)
     assert main(["status", "film-1"]) == 75
     assert [command.split(" -m cluster.cli ")[1] for command in jobs.commands] == [
@@ -68,6 +73,21 @@ def test_a_command_is_run_there_and_its_output_and_exit_code_come_back(
 def test_a_job_without_an_exit_code_has_failed(jobs: Jobs) -> None:
     jobs.exit_code = None  # type: ignore[assignment]
     assert main(["list", "--address", DASHBOARD]) == 1
+
+
+def test_a_cluster_that_has_just_started_gets_a_moment(
+    jobs: Jobs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later")
+    jobs.refusals = [soon, soon]
+    assert main(["list", "--address", DASHBOARD]) == 0 and len(jobs.commands) == 1
+    monkeypatch.setattr("cluster.jobs.START_S", 0.0)
+    jobs.refusals = [soon]
+    assert main(["list", "--address", DASHBOARD]) == 1
+    assert "takes no jobs yet" in capsys.readouterr().err
+    jobs.refusals = [ConnectionError("gone\nand more")]
+    assert main(["list", "--address", DASHBOARD]) == 1
+    assert "did not take the job: gone\n" in capsys.readouterr().err
 
 
 def test_a_storyboard_goes_along_with_what_it_names(jobs: Jobs, tmp_path: Path) -> None:

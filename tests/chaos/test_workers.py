@@ -7,6 +7,7 @@ import os
 import psutil
 import pytest
 
+from pipeline.journal import AttemptFailed, AttemptStarted
 from pipeline.media import find_ffmpeg
 from tests.chaos.conftest import Raylets
 from tests.chaos.stage import Stage
@@ -69,7 +70,6 @@ def test_a_worker_that_is_killed_for_its_memory_costs_its_task_alone(stage: Stag
 
 
 def test_a_worker_without_progress_is_replaced_and_its_task_goes_to_another_node(stage: Stage) -> None:
-    """What happens to a node after three times is a matter of minutes, and in the machine's own tests."""
     stage.faults({"point": "step", "match": "one/segment/0", "do": "hold"}, timeouts={"segment_s": 20.0})
     run = stage.render("--workers", "2")
     (recycled,) = [e for e in run.events if e["event"] == "worker_recycled"]
@@ -87,4 +87,17 @@ def test_a_straggler_that_moves_is_left_alone(stage: Stage) -> None:
     run = stage.render("--workers", "1")
     assert not [e for e in run.events if e["event"] in ("worker_recycled", "worker_lost")]
     assert stage.tried_again() == set()
+    stage.check()
+
+
+def test_a_node_where_three_orders_in_a_row_fail_is_avoided(stage: Stage, cluster: Raylets) -> None:
+    """Whatever is begun there runs out of memory."""
+    bad, before = cluster.nodes[0].node_id, len(stage.history)
+    stage.faults({"point": "order", "do": "oom", "node": bad, "times": 99})
+    run = stage.render("--workers", "2")
+    assert any("3 times in a row: avoided" in str(event) for event in run.events)
+    now = stage.history[before:]
+    begun = [entry for entry in now if isinstance(entry, AttemptStarted) and entry.node_id == bad]
+    failed = [entry for entry in now if isinstance(entry, AttemptFailed)]
+    assert len(begun) == len(failed) == 3
     stage.check()

@@ -1,0 +1,30 @@
+"""Temporary folders that carry the number of their process, so that whoever comes next on a machine can remove those
+of processes that were killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+
+def make_folder(root: str | Path, prefix: str) -> Path:
+    """A folder of this process in `root`; those of the same prefix whose processes are gone are removed."""
+    sweep(root, prefix)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=root))
+
+
+def sweep(root: str | Path, prefix: str) -> None:
+    """Remove this user's folders of that prefix in `root` whose processes are gone. Does nothing without /proc."""
+    if not Path("/proc/self").exists():
+        return
+    for folder in Path(root).glob(f"{prefix}*"):
+        match = re.fullmatch(rf"{re.escape(prefix)}(\d+)-[^-]+", folder.name)
+        try:
+            if match and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{match[1]}").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:
+            continue  # Somebody else was faster.
