@@ -4,7 +4,8 @@
 
 Memory is the proportional set size (PSS, shared pages counted once) of the command and everything it started,
 sampled every two seconds from /proc, so it includes Ray's own processes and ffmpeg. The driver is the command
-itself; its peak in the first and in the last quarter of the run shows whether it grows with the film.
+itself; the peak of its private memory (USS) in the first and in the last quarter of the run shows whether it grows with
+the film. Its share of what it has in common with others would grow whenever one of those ends.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -20,25 +22,23 @@ import psutil
 SAMPLE_S = 2.0
 
 
-def pss_bytes(process: psutil.Process) -> int:
-    """The process's proportional set size in bytes; 0 for one that has just ended."""
+def memory_bytes(process: psutil.Process) -> Counter[str]:
+    """The process's memory by the kernel's names, in bytes; empty for one that has just ended."""
     try:
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+        _, *lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        pass
-    return 0
+        return Counter()
+    return Counter({name.rstrip(":"): int(size) * 1024 for name, size, *_ in map(str.split, lines)})
 
 
 def sample(driver: psutil.Process) -> tuple[int, int]:
-    """(driver's bytes, bytes of the driver and all its descendants)."""
+    """(private bytes of the driver, bytes of the driver and all its descendants)."""
     try:
-        family = driver.children(recursive=True)
+        family = [driver, *driver.children(recursive=True)]
     except psutil.NoSuchProcess:
-        family = []
-    own = pss_bytes(driver)
-    return own, own + sum(pss_bytes(process) for process in family)
+        family = [driver]
+    own = memory_bytes(driver)
+    return own["Private_Clean"] + own["Private_Dirty"], sum(memory_bytes(process)["Pss"] for process in family)
 
 
 def measure(command: list[str]) -> tuple[int, float, list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""What a farm on real Ray costs beside computing: `python -m tests.farm_overhead [--renders 3]`.
+"""What a farm on real Ray costs beside computing: `python -m tests.farm_overhead [--renders 3] [--checkpoint FOLDER]`.
 
 One worker on this machine renders films with a tiny checkpoint, first by `longtake render`, then as a farm. For each
 task it prints the time from the commit before to its order (deciding, lending, journalling) and from its order to its
@@ -119,11 +119,13 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--renders", type=int, default=3, help="how many the farm is given")
-    renders = parser.parse_args().renders
+    parser.add_argument("--checkpoint", type=Path, help="another one, whose tasks take longer (tiny, 0.6 s a task)")
+    options = parser.parse_args()
+    renders = options.renders
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        checkpoint = make_checkpoint(folder / "tiny")
+        checkpoint = options.checkpoint.resolve() if options.checkpoint else make_checkpoint(folder / "tiny")
         films = []
         for number in range(renders):
             film = write_film(folder, checkpoint, TITLES[number % len(TITLES)])

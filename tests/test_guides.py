@@ -34,6 +34,17 @@ def words_of(line: str) -> list[str]:
 LONGTAKE = commands("longtake")
 
 
+def test_tests_that_are_named_exist() -> None:
+    named = {
+        found
+        for page in PAGES
+        for found in re.findall(r"((?:tests/)?(?:chaos/)?test_\w+\.py)::(test_\w+)", page.read_text())
+    }
+    assert len(named) > 25
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [name for file, name in named if f"def {name}(" not in files.get(Path(file).name, "")] == []
+
+
 def test_there_are_commands_to_check() -> None:
     assert len(LONGTAKE) > 25
     assert {page for page, _ in LONGTAKE} >= {"README.md", "deployment.md", "settings.md"}

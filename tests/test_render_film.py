@@ -338,61 +338,6 @@ def test_killed_three_times_the_film_is_the_same_bit_for_bit(other: Path, film: 
     assert digest(other / "out/short.mp4") == digest(film.path)
 
 
-@pytest.mark.timeout(600)
-def test_killed_between_two_segments_the_chain_goes_on_bit_for_bit(
-    tmp_path: Path, tiny_checkpoint: Path, address: str
-) -> None:
-    """A segment begins with latents of the one before: of the same worker's, or of one that is gone."""
-    shot = {"id": "one", "duration": "100f", "prompt": "a red circle moves left"}
-    written = yaml.safe_dump(storyboard(tiny_checkpoint) | {"refinement": "none", "shots": [shot]})
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-        (folder / "film.yaml").write_text(written)
-    assert render(whole, "film.yaml", "--workers", "1", "--address", address).code == 0
-
-    take_page(whole, killed)
-    process = start(killed, "film.yaml", "--workers", "1")
-    wait_for(process, lambda event: event["event"] == "committed" and event["task"].startswith("segment"))
-    _end_of(process)
-    kept = commits(killed)
-    rest = render(killed, "film.yaml", "--address", address, "--json")
-    assert rest.code == 0, rest.err
-    assert not {event["task"] + ".json" for event in rest.events if event["event"] == "dispatched"} & kept.keys()
-    assert digest(killed / "out/short.mp4") == digest(whole / "out/short.mp4")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 120 MB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("this user may not mount a file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_a_disk_that_fills_up_loses_nothing(other: Path, film: Film, small_disk: Path, address: str) -> None:
-    command = ("film.yaml", "--store", str(small_disk / "short"), "--address", address)
-    process = start(other, *command)
-    filler = small_disk / "filler"
-    with held_at_a_segment(process), filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(65536))
-    failed = finish(process)
-    assert failed.code == 1, failed.err
-    assert "no space left" in failed.err
-    assert "Traceback" not in failed.err
-    filler.unlink()
-    rest = render(other, *command)
-    assert rest.code == 0, rest.err
-    assert digest(other / "out/short.mp4") == digest(film.path)
-
-
 def test_a_film_of_twelve_shots_of_two_seconds(tmp_path: Path, tiny_checkpoint: Path, address: str) -> None:
     words = ("circle", "square", "star")
     shots = [{"duration": "2s", "prompt": f"a red {words[i % 3]} moves left over snow"} for i in range(12)]

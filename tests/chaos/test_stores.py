@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,35 @@ def test_a_flipped_bit_is_found_where_it_is_used(stage: Stage) -> None:
     assert {stage.task_of("one/segment/0"), stage.task_of("one/segment/1")} <= ended
     assert "two/segment/0" not in stage.tried_again()
     stage.check_film()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 120 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_fills_up_loses_nothing(stage: Stage, small_disk: Path) -> None:
+    stage.store_url = str(small_disk / "chaos")
+    stage.faults({"point": "order", "match": "one/segment/0", "do": "hold"})
+    run = stage.start("--workers", "1")
+    stage.held()
+    before, filler = stage.committed(), small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(65536))
+    stage.release()
+    assert "no space left" in run.finish(1).err
+    filler.unlink()
+    stage.faults()
+    stage.render("--workers", "1")
+    assert before and before.items() <= stage.committed().items()
+    stage.check()

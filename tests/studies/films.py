@@ -171,14 +171,20 @@ def kept(file: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
 
 
 def measure(
-    frames: Iterable[Tensor], fps: int, seams: Sequence[int], joins: Sequence[int], around: Sequence[slice]
+    frames: Iterable[Tensor],
+    fps: int,
+    seams: Sequence[int],
+    joins: Sequence[int],
+    around: Sequence[slice],
+    frames_per_latent: int,
 ) -> Result:
     """Drift, detail and seams of a film that comes as frames uint8 [n,h,w,3].
 
     `seams`: first frames after the seams that are scored, within one window and the next. `joins`: those and all
     other places where something meets; frames APART_S away from all of them are the inside. Of each seam: its z by
     measure, the largest as `score`, the largest score within its `around`, and `inside`, the mean score of the inside
-    frames nearer to it than to others.
+    frames nearer to it than to others which, as it does, begin a latent: where the decoder goes on to another latent
+    the picture changes a little more in any film. `inside_any` is the mean over all inside frames.
     """
     meter, count = FilmMeter(), 0
     for chunk in frames:
@@ -188,11 +194,13 @@ def measure(
     table = meter.table()
     found = stand_out(table)
     inside = _inside(count, joins, round(APART_S * fps))
-    nearest = np.abs(np.arange(count)[:, None] - np.array(seams)[None]).argmin(axis=1)
+    places = np.arange(count)
+    nearest = np.abs(places[:, None] - np.array(seams)[None]).argmin(axis=1)
     scored = score_seams(table, [Seam(frame, "window") for frame in seams], found)
     rows = []
     for number, seam in enumerate(scored):
         near = inside & (nearest == number)
+        alike = near & ((places - seam.frame) % frames_per_latent == 0)
         rows.append(
             {
                 "frame": seam.frame,
@@ -200,8 +208,9 @@ def measure(
                 "around": float(found.score[around[number]].max()),
                 "verdict": seam.verdict,
                 "z": dict(seam.z),
-                "inside": float(found.score[near].mean()),
-                "inside_z": {name: float(z[near].mean()) for name, z in found.z.items()},
+                "inside": float(found.score[alike].mean()),
+                "inside_any": float(found.score[near].mean()),
+                "inside_z": {name: float(z[alike].mean()) for name, z in found.z.items()},
             }
         )
     drift = {name: {"change": d.change, "slope": d.slope_per_minute} for name, d in measure_drift(table).items()}

@@ -202,7 +202,7 @@ def measured(
 
     seams = list(range(grid.segment_frames, frames, grid.new_frames))
     around = [slice(seam - 1, seam + 2) for seam in seams]
-    result = measure(watched(), fps, seams, seams, around)
+    result = measure(watched(), fps, seams, seams, around, grid.temporal)
     end = torch.cat(last)[-round(LAST_S * fps) :]
     return {"cpu_s": round(time.process_time() - started_s, 1), "right": _right(wanted, end, fps), **result}
 

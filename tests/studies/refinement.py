@@ -179,6 +179,22 @@ class Refinery:
         merged[index][:, :, hop + 1 : hop + 1 + count] = both
         merged[index + 1][:, :, 1 : 1 + count] = both
 
+    def level_all(self, windows: list[Tensor]) -> list[Tensor]:
+        """Windows without the lasting difference to their neighbours: the mean difference of each channel over an
+        overlap, half of it taken from either side, less and less up to the middle of the window.
+        """
+        count, hop = self.grid.merge_latents, self.grid.window_hop_latents
+        middle, place = self.latents // 2, torch.arange(self.latents)
+        of_left = ((place - middle) / (hop + 1 - middle)).clamp(0, 1) / 2
+        of_right = ((middle - place) / (middle - count)).clamp(0, 1) / 2
+        levelled = [window.clone() for window in windows]
+        for index in range(len(windows) - 1):
+            left, right = windows[index][:, :, hop + 1 : hop + 1 + count], windows[index + 1][:, :, 1 : 1 + count]
+            apart = (right - left).mean(dim=(2, 3, 4), keepdim=True)
+            levelled[index] += apart * of_left.view(1, 1, -1, 1, 1)
+            levelled[index + 1] -= apart * of_right.view(1, 1, -1, 1, 1)
+        return levelled
+
     def decode(self, x: Tensor) -> Tensor:
         return torch.cat(list(decode_frames(self.models.vae, x[0])))
 
@@ -254,6 +270,12 @@ def shared_latents(refinery: Refinery) -> Iterator[Unit]:
     return refinery.units(_middle(refinery), lambda i: refinery.decode(merged[i]))
 
 
+def levelled(refinery: Refinery) -> Iterator[Unit]:
+    """The same, each channel's lasting difference between neighbours taken away before."""
+    merged = refinery.merge_all(refinery.level_all([refinery.shared(i) for i in range(refinery.windows)]))
+    return refinery.units(_middle(refinery), lambda i: refinery.decode(merged[i]))
+
+
 def lockstep(refinery: Refinery) -> Iterator[Unit]:
     """All windows side by side, the predicted velocity averaged over each overlap after every step."""
     states = refinery.lockstep()
@@ -297,6 +319,7 @@ def anchored_both(refinery: Refinery) -> Iterator[Unit]:
 VARIANTS: dict[str, tuple[Callable[[Refinery], Iterator[Unit]], str]] = {
     "chained": (chained, "n windows"),
     "shared, latents": (shared_latents, "1 window"),
+    "levelled": (levelled, "1 window"),
     "lockstep": (lockstep, "1 window, 4 exchanges"),
     "anchored": (anchored, "2 windows"),
     "anchored, both": (anchored_both, "2 windows"),
@@ -338,7 +361,7 @@ def measured(refinery: Refinery, variant: str) -> Result:
     around = [slice(hop, hop + grid.refined_condition + 4) for hop in hops]
     parts = (frames[start:stop] for frames, start, stop in VARIANTS[variant][0](refinery))
     joins = [hop + place for hop in hops for place in places]
-    result = measure(parts, refinery.studio.facts.refined_fps, seams, joins, around)
+    result = measure(parts, refinery.studio.facts.refined_fps, seams, joins, around, grid.temporal)
     return {"cpu_s": round(time.process_time() - started_s, 1), **result}
 
 
