@@ -50,7 +50,7 @@ unit: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/chaos
 
 # Clusters of several raylets, whose machines come and go. Tests are handed out one by one (loadgroup without groups): each
-# process has a cluster for all of its tests. What measures time or memory has the machine to itself.
+# process has a cluster for all of its tests. What measures time or memory, or takes jobs, has the machine to itself.
 chaos: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not alone" tests/chaos
 	$(BIN)/python -m pytest -q -m alone tests/chaos

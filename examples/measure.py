@@ -4,8 +4,8 @@
 
 Memory is the proportional set size (PSS, shared pages counted once) of the command and everything it started,
 sampled every two seconds from /proc, so it includes Ray's own processes and ffmpeg. The driver is the command
-itself; the peak of its private memory (USS) in the first and in the last quarter of the run shows whether it grows with
-the film. Its share of what it has in common with others would grow whenever one of those ends.
+itself; the peak of what it has allocated (anonymous memory) in the first and in the last quarter of the run shows
+whether it grows with the film. Its share of libraries would grow whenever another process that has them mapped ends.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ def memory_bytes(process: psutil.Process) -> Counter[str]:
 
 
 def sample(driver: psutil.Process) -> tuple[int, int]:
-    """(private bytes of the driver, bytes of the driver and all its descendants)."""
+    """(bytes that the driver has allocated, bytes of the driver and all its descendants)."""
     try:
         family = [driver, *driver.children(recursive=True)]
     except psutil.NoSuchProcess:
         family = [driver]
-    own = memory_bytes(driver)
-    return own["Private_Clean"] + own["Private_Dirty"], sum(memory_bytes(process)["Pss"] for process in family)
+    return memory_bytes(driver)["Anonymous"], sum(memory_bytes(process)["Pss"] for process in family)
 
 
 def measure(command: list[str]) -> tuple[int, float, list[tuple[int, int]]]:

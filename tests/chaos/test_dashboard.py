@@ -25,9 +25,8 @@ def dashboard() -> Iterator[str]:
     """Of a cluster: a head that computes nothing but takes jobs, and a worker node."""
     from ray.cluster_utils import Cluster
 
-    # The agent on the head takes the jobs; the suite's other cluster has the usual port for its own.
-    ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
-    head = {"num_cpus": 0, "include_dashboard": True, "include_log_monitor": False, **ports}
+    # Alone on this machine: by a job's `auto` Ray means the cluster that was started last.
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "include_log_monitor": False}
     made = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
     try:
         patiently(lambda: made.add_node(num_cpus=2))
@@ -62,8 +61,9 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         server.server_close()
 
 
+@pytest.mark.alone
 def test_a_film_is_submitted_followed_and_fetched_through_the_dashboard(
-    tmp_path: Path, tiny_checkpoint: Path, films: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_worker_niceness", "0")
@@ -83,6 +83,6 @@ def test_a_film_is_submitted_followed_and_fetched_through_the_dashboard(
         to = tmp_path / "fetched.mp4"
         assert place.ask("download", render_id, "--to", str(to)).strip() == str(to)
         until(lambda: received, "the webhook is called", 60)
-    assert sha256_of(to) == films["soon"]
+    assert sha256_of(to) == place.film_sha256("soon")
     [event] = received
     assert event["event"] == "done" and event["render"] == render_id
