@@ -79,8 +79,7 @@ def test_drawn_films_are_told_right() -> None:
 @pytest.mark.slow
 def test_films_are_told_right_through_the_autoencoder() -> None:
     vae = load_vae(POCKET, device="cpu", dtype=torch.float32)
-    wrong = misjudged(combinations(16, seed=22), seed=22, vae=vae)
-    assert len(wrong) <= 1, wrong  # of a pink star at sunset the autoencoder leaves a blot
+    assert misjudged(combinations(10, seed=22), seed=22, vae=vae) == []
 
 
 @pytest.mark.parametrize("part", ["kind", "colour", "direction"])
