@@ -236,6 +236,11 @@ def _middle(refinery: Refinery) -> list[int]:
     return [0, *[refinery.grid.merged_handover] * (refinery.windows - 1)]
 
 
+def _late(refinery: Refinery) -> list[int]:
+    grid = refinery.grid
+    return [0, *[grid.temporal * grid.merge_latents + 1] * (refinery.windows - 1)]
+
+
 def independent(refinery: Refinery) -> Iterator[Unit]:
     """Noise of its own for each window, a hard change in the middle of the overlap."""
     return refinery.units(_middle(refinery), lambda i: refinery.decode(refinery.independent(i)))
@@ -268,6 +273,12 @@ def shared_latents(refinery: Refinery) -> Iterator[Unit]:
     """Shared noise, the overlap merged in latents."""
     merged = refinery.merge_all([refinery.shared(i) for i in range(refinery.windows)])
     return refinery.units(_middle(refinery), lambda i: refinery.decode(merged[i]))
+
+
+def late(refinery: Refinery) -> Iterator[Unit]:
+    """The same, the later window shown only after the overlap: its decoder has seen all of what both have by then."""
+    merged = refinery.merge_all([refinery.shared(i) for i in range(refinery.windows)])
+    return refinery.units(_late(refinery), lambda i: refinery.decode(merged[i]))
 
 
 def levelled(refinery: Refinery) -> Iterator[Unit]:
@@ -319,6 +330,7 @@ def anchored_both(refinery: Refinery) -> Iterator[Unit]:
 VARIANTS: dict[str, tuple[Callable[[Refinery], Iterator[Unit]], str]] = {
     "chained": (chained, "n windows"),
     "shared, latents": (shared_latents, "1 window"),
+    "late": (late, "1 window"),
     "levelled": (levelled, "1 window"),
     "lockstep": (lockstep, "1 window, 4 exchanges"),
     "anchored": (anchored, "2 windows"),
@@ -370,7 +382,8 @@ def seams_of(refinery: Refinery, variant: str) -> Iterator[int]:
     grid = refinery.grid
     for index in range(1, refinery.windows):
         is_after = variant == "chained" or (variant.startswith("anchored") and index % 2)
-        yield index * grid.window_hop + (grid.refined_condition if is_after else grid.merged_handover)
+        place = _late(refinery)[index] if variant == "late" else grid.merged_handover
+        yield index * grid.window_hop + (grid.refined_condition if is_after else place)
 
 
 def run(studio: Studio, folder: Path, count: int, windows: int, variants: list[str]) -> dict[str, list[Result]]:
