@@ -218,7 +218,10 @@ def test_two_processes_train_as_one_with_both_their_batches(tmp_path: Path) -> N
         [str(script), str(tmp_path / "one.safetensors")],
         [*torchrun, str(script), str(tmp_path / "two.safetensors"), "shared"],
     ):
-        subprocess.run([sys.executable, *command], check=True, env=environment, timeout=120, capture_output=True)
+        run = subprocess.run(
+            [sys.executable, *command], env=environment, timeout=120, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
     one, two = weights(tmp_path / "one.safetensors"), weights(tmp_path / "two.safetensors")
     assert one.keys() == two.keys()
     for name, value in one.items():
