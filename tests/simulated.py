@@ -1073,7 +1073,7 @@ class World:
 
     def _repair(self) -> None:
         """What `longtake verify` and another run do: afterwards every byte is right."""
-        self.troubles.left = 0
+        self.troubles.left, self.full = 0, False  # somebody made room
         fixer = Ledger(SimStore(self, None), owner=Owner("fixer", 0))
         fixer.take_lease(watch_s=0)
         fixer.load()

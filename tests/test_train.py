@@ -189,10 +189,8 @@ SHARED_STEPS = """
 import sys
 from pathlib import Path
 import torch
-from model.train.loop import Plan, Training, share, train
+from model.train.loop import Plan, Training, share, together, train
 
-if len(sys.argv) > 2:
-    torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
 module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4), torch.nn.LayerNorm(4))
 training = Training(module, Plan(steps=3, rate=1e-2, final_rate=1e-2, warmup_steps=1))
@@ -205,7 +203,8 @@ def loss_of(step):
         return loss_of_share(share(step))
     return (loss_of_share(2 * step) + loss_of_share(2 * step + 1)) / 2
 
-train(training, loss_of, Path(sys.argv[1]))
+with together():
+    train(training, loss_of, Path(sys.argv[1]))
 """
 
 

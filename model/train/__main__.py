@@ -30,7 +30,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -47,7 +46,7 @@ from model.train import adapters, clips, films, finetune
 from model.train import vae as vae_stage
 from model.train.dit import SHIFT, Generator, Part, Samples, Shape, new_generator, sample, train_dit
 from model.train.films import Cache
-from model.train.loop import Plan, load_average, processes
+from model.train.loop import Plan, load_average, processes, together
 from model.train.pack import write_dit, write_scheduler, write_vae
 from model.train.sheet import write_sheet
 from model.vae import VAE
@@ -331,12 +330,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        torch.distributed.init_process_group("gloo")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        STAGES[args.stage](args)
+        with together():
+            STAGES[args.stage](args)
     except ModelError as error:
         raise SystemExit(f"error: {error}") from error
 

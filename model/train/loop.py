@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -54,6 +56,21 @@ class Plan:
 def processes() -> tuple[int, int]:
     """Which of how many processes this is: (0, 1) without `torchrun`."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Whoever `torchrun` started trains with the others: none leaves before all are done, or what it still has to send
+    would be lost."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=1))  # the first one may measure for hours at the end
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def share(step: int) -> int:
