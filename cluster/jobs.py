@@ -125,8 +125,9 @@ def _submitted(client: Any, entrypoint: str, environment: dict[str, str]) -> str
         try:
             return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
         except (ConnectionError, RuntimeError) as error:
-            if not isinstance(error, RuntimeError) or "No available agent" not in str(error):
-                raise TransientError(f"the cluster did not take the job: {first_line(error)}") from error
+            if "No available agent" not in str(error):
+                remedy = "look at the cluster's dashboard, and try again"
+                raise TransientError(f"the cluster did not take the job: {first_line(error)}; {remedy}") from error
             if time.monotonic() >= until_s:
                 raise TransientError("the cluster takes no jobs yet; try again later") from error
         time.sleep(LOOK_S)
@@ -137,9 +138,14 @@ async def _pass_on(client: Any, job_id: str, out: IO[str]) -> None:
     async for text in client.tail_job_logs(job_id):
         *lines, rest = (rest + text).split("\n")
         for line in lines:
-            if not _RAYS_OWN.match(line):
-                print(line, file=sys.stderr if line.startswith(_ABOUT_ITSELF) else out, flush=True)
-    out.write(rest)
+            _pass_line_on(line, out)
+    if rest:
+        _pass_line_on(rest, out)
+
+
+def _pass_line_on(line: str, out: IO[str]) -> None:
+    if not _RAYS_OWN.match(line):
+        print(line, file=sys.stderr if line.startswith(_ABOUT_ITSELF) else out, flush=True)
 
 
 def _exit_code(client: Any, job_id: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.errors import SettingError
+from pipeline.errors import SettingError, first_line
 
 # US dollars for a GPU and hour, on demand, RunPod "Secure Cloud" pods, https://www.runpod.io/pricing: h200, h100 (SXM)
 # and b200 as transcribed from that page on 2026-10-07, a100 (SXM) on 2026-11-09. Cloud prices change often.
@@ -29,8 +29,8 @@ def _read(path: Path) -> dict[str, float]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        first_line = str(error).splitlines()[0]
-        raise SettingError(f"cannot be read: {first_line}", field="--prices", value=str(path), remedy=remedy) from error
+        message = f"cannot be read: {first_line(error)}"
+        raise SettingError(message, field="--prices", value=str(path), remedy=remedy) from error
     if not isinstance(content, dict):
         raise SettingError("is no table of prices", field="--prices", value=str(path), remedy=remedy)
     for name, price in content.items():

@@ -57,7 +57,7 @@ def test_a_command_is_run_there_and_its_output_and_exit_code_come_back(
     jobs: Jobs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rays_own = "2026-11-26 20:21:23,734\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
-    jobs.says = f"{rays_own}Running entrypoint for job a: python -m x\nID STATE\nlongtake: stopped\n"
+    jobs.says = f"{rays_own}Running entrypoint for job a: python -m x\nID STATE\nlongtake: stopped"
     jobs.exit_code = 75
     assert main(["watch", "film-1", "--address", DASHBOARD]) == 75
     said = capsys.readouterr()
@@ -87,7 +87,7 @@ def test_a_cluster_that_has_just_started_gets_a_moment(
     assert "takes no jobs yet" in capsys.readouterr().err
     jobs.refusals = [ConnectionError("gone\nand more")]
     assert main(["list", "--address", DASHBOARD]) == 1
-    assert "did not take the job: gone\n" in capsys.readouterr().err
+    assert "did not take the job: gone; look at" in capsys.readouterr().err
 
 
 def test_a_storyboard_goes_along_with_what_it_names(jobs: Jobs, tmp_path: Path) -> None:
