@@ -5,14 +5,30 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
 from cluster.cli import _parser, main
+from pipeline.spec import FrameOf, Lora, Memory, Output, PromptAt, Shot, Storyboard, Transition, parse_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STORYBOARD = re.compile(r"^```yaml\n(.*?^shots:.*?)^```$", re.MULTILINE | re.DOTALL)
+FIELD = re.compile(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", re.MULTILINE)
+MODELS: dict[str, type[BaseModel]] = {
+    "The film": Storyboard,
+    "`shots`": Shot,
+    "A prompt in a list": PromptAt,
+    "`frame_of`": FrameOf,
+    "`transition`": Transition,
+    "`loras`": Lora,
+    "`memory`": Memory,
+    "`output`": Output,
+}
+"""By the heading under which docs/storyboard.md tells of their fields."""
 REDIRECT = re.compile(r"\s>\s*\S+")
 
 
@@ -43,6 +59,32 @@ def test_tests_that_are_named_exist() -> None:
     assert len(named) > 25
     files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     assert [name for file, name in named if f"def {name}(" not in files.get(Path(file).name, "")] == []
+
+
+def test_storyboards_in_the_guides_are_storyboards() -> None:
+    shown = [text for page in PAGES for text in STORYBOARD.findall(page.read_text())]
+    # One with variables is made a storyboard by its schedule.
+    whole = [text for text in shown if "${" not in text]
+    assert len(whole) > 1
+    for text in whole:
+        parse_spec(text)
+
+
+def test_every_field_of_a_storyboard_is_told_of_with_its_choices_and_default() -> None:
+    _, *sections = re.split(r"^##+ (.*)$", (ROOT / "docs/storyboard.md").read_text(), flags=re.MULTILINE)
+    assert sections[::2] == list(MODELS)
+    for heading, text in zip(sections[::2], sections[1::2], strict=True):
+        fields = {info.alias or name: info for name, info in MODELS[heading].model_fields.items()}
+        rows = {name: (default.strip("`"), told) for name, default, told in FIELD.findall(text)}
+        assert list(rows) == list(fields)
+        for name, info in fields.items():
+            default, told = rows[name]
+            parts = get_args(info.annotation)
+            choices = [choice for part in parts for choice in (part, *get_args(part)) if isinstance(choice, str)]
+            assert [choice for choice in choices if f"`{choice}`" not in told] == [], name
+            assert (default == "needed") == info.is_required(), name
+            if info.default is None or isinstance(info.default, str | int | float):
+                assert default == ("-" if info.default is None else str(info.default) or '""'), name
 
 
 def test_there_are_commands_to_check() -> None:
