@@ -98,9 +98,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("--store", default=None, metavar="PLACE", help="folder or s3://, gs://, az:// address of the render")
     add("--json", action="store_true", help="machine-readable output on stdout")
     # The storyboard's `memory`; see docs/settings.md.
-    add("--precision", choices=("stored", "weight_only", "int8", "fp8"), help="of the transformer's large products")
-    add("--networks", choices=("together", "in_turn"), help="how transformer and VAE are on the card")
-    add("--condition-cache", choices=("card", "host"), help="where it is between the steps")
+    add("--precision", choices=("stored", "weight_only", "int8", "fp8"), help="of the transformer's Linears")
+    add("--networks", choices=("together", "in_turn"), help="transformer and VAE on the card at once or not")
+    add("--condition-cache", choices=("card", "host"), help="keys and values of the given frames")
 
 
 def _names(text: str) -> list[str]:
@@ -260,16 +260,17 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     parser = commands.add_parser("checkpoint", help="convert, verify or pull model weights")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     convert = actions.add_parser("convert", help="merge LoRAs by role and store as bf16 or int8")
-    convert.add_argument("source", type=Path)
-    convert.add_argument("target", type=Path)
-    convert.add_argument("--dtype", choices=("bf16", "int8"), default="bf16")
+    convert.add_argument("source", type=Path, help="checkpoint folder")
+    convert.add_argument("target", type=Path, help="folder to write")
+    convert.add_argument("--dtype", choices=("bf16", "int8"), default="bf16", help="of weights (default: %(default)s)")
     convert.set_defaults(command=_checkpoint_convert)
     verify = actions.add_parser("verify", help="check names, shapes and digests of a checkpoint folder")
-    verify.add_argument("folder", type=Path)
+    verify.add_argument("folder", type=Path, help="checkpoint folder")
     verify.set_defaults(command=_checkpoint_verify)
     pull = actions.add_parser("pull", help="download a checkpoint from the hub; continues where it stopped")
     pull.add_argument("name", metavar="ORG/NAME")
-    pull.add_argument("--to", type=Path, default=None, metavar="FOLDER")
+    where = "default: ~/.cache/longtake/checkpoints/ORG--NAME, where storyboards look for ORG/NAME"
+    pull.add_argument("--to", type=Path, default=None, metavar="FOLDER", help=where)
     pull.set_defaults(command=_checkpoint_pull)
 
 
@@ -280,7 +281,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--clips", type=_positive, default=64, metavar="N", help="films of each kind (default: %(default)s, all)")
     add("--chains", type=_count, default=4, metavar="N", help="long chains (default: %(default)s; 0: none)")
     add("--minutes", type=float, default=5.0, metavar="M", help="length of a chain (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--out", type=Path, default=None, metavar="FOLDER", help="where sheets and JSON go")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
     add("--json", action="store_true", help="machine-readable output on stdout")

@@ -40,7 +40,8 @@ def add_manifest(commands: Commands) -> None:
     for cloud in ("aws", "gcp"):
         machines = formats.add_parser(f"ray-up-{cloud}", help=f"machines of {cloud.upper()} by `ray up`")
         _add_cluster(machines)
-        machines.add_argument("--region", default=None, metavar="NAME")
+        region = "default: us-west-2" if cloud == "aws" else "default: us-central1"
+        machines.add_argument("--region", default=None, metavar="NAME", help=region)
         if cloud == "gcp":
             machines.add_argument("--project", required=True, metavar="ID", help="Google Cloud project")
         machines.set_defaults(command=_ray_up, cloud=cloud)
@@ -141,7 +142,7 @@ def add_schedule_commands(commands: Commands) -> None:
     parser = commands.add_parser("schedule", help="renders that come again: nightly, weekly, a table's rows")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     adding = actions.add_parser("add", help="put a storyboard on the schedule")
-    adding.add_argument("name", metavar="NAME")
+    adding.add_argument("name", metavar="NAME", help="of the schedule")
     adding.add_argument("film", type=Path, metavar="FILM", help="storyboard, with ${date}, ${counter}, ${column} ...")
     adding.add_argument("--cron", required=True, metavar="'30 2 * * *'", help="minute hour day month weekday")
     adding.add_argument("--time-zone", required=True, metavar="ZONE", help="such as Europe/Berlin")
@@ -150,11 +151,14 @@ def add_schedule_commands(commands: Commands) -> None:
         help="a tick while a run is there: skip it, queue behind it, replace it (default: %(default)s)",
     )  # fmt: skip
     adding.add_argument("--rows", type=Path, default=None, metavar="TABLE", help=".csv or .parquet: a row for each run")
-    adding.add_argument("--renders", default="renders", metavar="PLACE", help="each run's store is a folder there")
+    adding.add_argument(
+        "--renders", default="renders", metavar="PLACE",
+        help="each run's store is a folder there (default: %(default)s)",
+    )  # fmt: skip
     _add_schedules_place(adding)
     adding.set_defaults(command=_schedule_add)
     listing = actions.add_parser("list", help="all schedules, or the history of one")
-    listing.add_argument("name", nargs="?", default=None, metavar="NAME")
+    listing.add_argument("name", nargs="?", default=None, metavar="NAME", help="of one; its history")
     listing.add_argument("--json", action="store_true", help="machine-readable output on stdout")
     _add_schedules_place(listing)
     listing.set_defaults(command=_schedule_list)
@@ -164,7 +168,8 @@ def add_schedule_commands(commands: Commands) -> None:
         ("tick", _schedule_tick, "render what is due, here: for a clock without a farm", "?"),
     ):
         action = actions.add_parser(name, help=text)
-        action.add_argument("name", nargs=optional, metavar="NAME")
+        which = "of the schedule; else all that are due" if optional else "of the schedule"
+        action.add_argument("name", nargs=optional, metavar="NAME", help=which)
         if name == "run-now":
             action.add_argument("--farm", action="store_true", help="leave it to the farm that keeps these schedules")
         _add_schedules_place(action)
@@ -173,8 +178,9 @@ def add_schedule_commands(commands: Commands) -> None:
 
 def _add_schedules_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--schedules", default="schedules", metavar="PLACE", help="folder or address where schedules are kept"
-    )
+        "--schedules", default="schedules", metavar="PLACE",
+        help="folder or address where schedules are kept (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _schedule_add(options: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ def add_farm_commands(commands: Commands) -> None:
     download.add_argument("--to", type=Path, default=None, metavar="PLACE", help="file or folder (default: here)")
     download.set_defaults(command=_download)
     usage = _add(commands, "usage", "worker seconds: busy, loading, idle, lost")
-    usage.add_argument("--by", choices=("owner", "render"), default="owner")
+    usage.add_argument("--by", choices=("owner", "render"), default="owner", help="default: %(default)s")
     usage.set_defaults(command=_usage)
 
 
@@ -105,11 +105,11 @@ def _add_farm(commands: Commands) -> None:
     start = actions.add_parser("start", help="start it; it outlives this command")
     add_cluster(start)
     add = start.add_argument
-    add("--farm-store", default=None, metavar="PLACE", help="where it keeps its books (LONGTAKE_FARM; renders/farm)")
+    add("--farm-store", default=None, metavar="PLACE", help="of its books (default: $LONGTAKE_FARM, renders/farm)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
     add("--threads", type=_whole, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
     add("--workers", dest="most_workers", type=_whole, default=None, metavar="N", help="at most so many")
-    add("--idle", dest="idle_s", type=_duration, default=None, metavar="2m", help="end workers nobody needed so long")
+    add("--idle", dest="idle_s", type=_duration, default=None, metavar="2m", help="end idle workers then (default: 2m)")
     add("--price", dest="price_hour", type=float, default=None, metavar="P", help="of one worker and hour")
     start.set_defaults(command=_farm_start)
     stop = actions.add_parser("stop", help="save what runs and end it; the queue stays in its books")
