@@ -3,12 +3,11 @@
 The official layout, and what this project adds to it (`convert` writes it, `pull` fetches both):
 
     <folder>/tokenizer/  text_encoder/  vae/  dit/  lora/  scheduler/     the official parts
-    <folder>/base_model_int8/                 a DiT in int8, in the place of dit/
-    <folder>/render.json                      optional numbers for the renderer; not read here
-    <folder>/manifest.json                    sha256 and size of each file, and where they came from
-    (model/manifest.py) <folder>/roles/<role>/dit/                a DiT with the LoRAs of a role merged in (or
-    base_model_int8/);
-                                              a folder with roles has no dit/ of its own
+    <folder>/base_model_int8/       a DiT in int8, in the place of dit/
+    <folder>/render.json            optional numbers for the renderer; not read here
+    <folder>/manifest.json          sha256 and size of each file, and where they came from (model/manifest.py)
+    <folder>/roles/<role>/dit/      a DiT with the LoRAs of a role merged in (or base_model_int8/);
+                                    a folder with roles has no dit/ of its own
 
 Weights are read tensor by tensor straight to the target device and type: the host needs the memory of one
 tensor beyond the model (and of the LoRA files, where some are merged). Every missing, unexpected or misshapen

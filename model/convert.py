@@ -2,9 +2,8 @@
 LoRAs.
 
     <target>/roles/<role>/dit/          one DiT for each role, its LoRAs merged in; base_model_int8/ for int8
-    <target>/tokenizer/ text_encoder/ vae/ scheduler/ lora/ render.json     hard links to the source, or
-    copies <target>/manifest.json              written last: sha256 of each file, the roles, the source's
-    digest
+    <target>/tokenizer/ text_encoder/ vae/ scheduler/ lora/ render.json     hard links to the source, or copies
+    <target>/manifest.json              written last: sha256 of each file, the roles, the source's digest
 
 The source is read once for all roles, tensor by tensor; the host needs the LoRA files and a few tensors, not
 a shard. Merging is in fp32 by the code that load_dit uses, so a converted role holds exactly what merging at

@@ -3,8 +3,7 @@
 Every number comes with the request; nothing is read from render.json here. Noise comes from seeds, one for
 each latent frame, so a request gives the same latents wherever it runs under the same numerics.
 
-    python -m model.generate --checkpoint DIR --prompt "a red circle" --out clip.mp4        (see
-    model/clip.py)
+    python -m model.generate --checkpoint DIR --prompt "a red circle" --out clip.mp4        (see model/clip.py)
 
 Legend: T/H/W latent frames/rows/columns; frames are uint8 [n,h,w,3]; text states [1,L,C] with mask [L] are
 those of one prompt.

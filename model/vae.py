@@ -30,9 +30,9 @@ Memory = dict[nn.Module, Tensor]
 
 
 class CausalConv3d(nn.Module):
-    """Convolution over time and space that never looks ahead. [B,T,H,W,C_in] -> [B,T',H,W,C_out].
+    """Convolution over time and space that never looks ahead. [B,T,H,W,C_in] -> [B,T,H,W,C_out].
 
-    With `time_padding` the clip starts behind frames of zeros and T' = T; without, frames are consumed.
+    A clip starts behind frames of zeros; with a `memory`, a piece of it behind the frames of the piece before.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:

@@ -21,7 +21,7 @@ class WindowShape:
     """How many latents a window has, and which frames they hold.
 
     `front_latents` of padding come first (vae_temporal frames each); `frames` are the frames after them,
-    conditions included; `reach` is the last of these that shows a stage-one time of its own or a condition.
+    conditions included.
     """
 
     latents: int

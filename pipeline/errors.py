@@ -15,12 +15,10 @@
     │   ├── WorkerLost
     │   └── LeaseLost        another orchestrator holds the render now
     ├── QualityError         the gate refused the output, exit code 4
-    └── PermanentError       cannot pass: not retried, exit code 1
-        ├── CorruptArtifact  bytes in the store differ from their record
-        ├── StoreFull        no space left; everything committed is kept
-        └── BudgetExhausted  a task failed more often than its budget allows
-
-    Interrupted(BaseException side)  a stop was asked for: SIGTERM 75, Ctrl-C 130; resumable
+    ├── PermanentError       cannot pass: not retried, exit code 1
+    │   ├── CorruptArtifact  bytes in the store differ from their record
+    │   └── StoreFull        no space left; everything committed is kept
+    └── Interrupted          a stop was asked for: SIGTERM 75, Ctrl-C 130; resumable
 """
 
 from __future__ import annotations
@@ -130,10 +128,6 @@ class CorruptArtifact(PermanentError):
 
 class StoreFull(PermanentError):
     """No space left in the store. Everything committed is kept; free space and run again."""
-
-
-class BudgetExhausted(PermanentError):
-    """A task failed more often than its retry budget allows."""
 
 
 class Interrupted(LongtakeError):

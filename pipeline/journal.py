@@ -4,7 +4,7 @@ Entries are written before the thing they speak of happens, so that a task which
 whole render, is remembered by the next run. `TaskLog` is the fold of all entries about one task; the machine
 applies the entries it writes to its own logs, so a resumed render counts as the interrupted one did.
 
-Entries are frozen and JSON-able (`to_json`, `from_json`). Times are put in by the ledger, for people only.
+Entries are frozen and JSON-able (`entry_to_json`, `entry_from_json`). Times are put in by the ledger, for people only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a farm remembers of each render that was submitted to it: a log of entries, and the state that they add up to.
 
-`<render id>/<number>.json` in the farm's own store, each created only if absent, so the queue survives the farm, its
-cluster and whoever submitted. The renders' own work is not in here: their ledgers have it.
+`submissions/<render id>/<number>.json` in the farm's own store, each created only if absent, so the queue survives the
+farm, its cluster and whoever submitted. The renders' own work is not in here: their ledgers have it.
 
 Raises StoreError, SettingError as the store does, CorruptArtifact for an entry that is not whole.
 """

@@ -143,17 +143,20 @@ MUTATIONS = [
 
 def main(words: list[str]) -> int:
     """Run the mutations chosen; the exit code."""
+    chosen = [one for one in MUTATIONS if not words or any(word in one.row for word in words)]
+    if not chosen:
+        print(f"{__doc__}\nRows: {', '.join(one.row for one in MUTATIONS)}")
+        return 2
     wrong = 0
     with TemporaryDirectory(prefix="mutate-") as name:
         copy = Path(name)
         for folder in FOLDERS:
             shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "renders"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for mutation in MUTATIONS:
-            if not words or any(word in mutation.row for word in words):
-                verdict, seconds = try_out(mutation, copy)
-                wrong += verdict != "fails"
-                print(f"{mutation.row}: {mutation.test} {verdict} ({seconds:.0f} s)", flush=True)
+        for mutation in chosen:
+            verdict, seconds = try_out(mutation, copy)
+            wrong += verdict != "fails"
+            print(f"{mutation.row}: {mutation.test} {verdict} ({seconds:.0f} s)", flush=True)
     print(f"{wrong} wrong")
     return 1 if wrong else 0
 

@@ -20,8 +20,8 @@
 
 Every stage resumes from its state in RUN under the same command and stops after `--minutes`. A line each 50
 steps shows progress, <state>.losses.png the loss so far, and with `--sheet-every N` RUN/sheets what the average of the
-weights draws. `torchrun --nproc-per-node N -m model.train ...` shares the steps of `dit`, `distill` and
-`refine` among N processes; `--mix` and `--clips` are then for each of them.
+weights draws. `torchrun --nproc-per-node N -m model.train ...` shares the steps of `dit`, `lora`, `distill`
+and `refine` among N processes; `--mix` and `--clips` are then for each of them.
 """
 
 from __future__ import annotations
