@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` renders a film, `make test` runs every check.
+# Two commands do everything: `make demo` renders a film, `make test` runs the checks.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))) python3.11)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,8 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo          set up and render examples/demo.yaml with the bundled checkpoint"
-	@echo "make test          set up and run every check: ruff, mypy, architecture, tests"
+	@echo "make media         draw the pictures and sounds that the examples start from"
+	@echo "make test          set up and run the checks: ruff, mypy, architecture, tests (but those of make chaos)"
 	@echo "make chaos         clusters on this machine whose nodes and processes are taken away"
 	@echo "make five-minutes  render examples/five_minutes.yaml and measure time and memory"
 	@echo "make clean         remove the virtual environment and what was rendered here"

@@ -59,7 +59,7 @@ def print_plan(request: RenderRequest, cluster: Cluster | None = None, card_gb: 
         print(f"{len(done)} of {len(plan.tasks)} tasks are committed in {prepared.store.url}, ", end="")
         print(f"{format_seconds(left_s)} of work left")
         _print_reasons(plan, why)
-    print("memory of each role on a GPU, in bf16 (estimated, unmeasured):")
+    print("memory of each role on a GPU, in bf16 (estimated):")
     print("\n".join([f"  {role.describe()}" for role in memory] + [f"warning: {text}" for text in warnings]))
     if left:
         print("\n".join(outlook.describe()))

@@ -132,7 +132,7 @@ def test_plan_says_what_memory_each_role_needs_and_what_helps_a_small_card(
     film = write(storyboard(OFFICIAL))
     assert main(["plan", film, "--card-gb", "24"]) == 0
     text = capsys.readouterr().out
-    assert "estimated, unmeasured" in text
+    assert "(estimated)" in text
     assert "refine: card 38.2 GB (weights 27.2 GB, vae 254 MB" in text
     assert "warning: refine does not fit on a card of 24 GB" in text
     least = ["--precision", "weight_only", "--networks", "in_turn", "--condition-cache", "host"]

@@ -65,8 +65,9 @@ def test_storyboards_in_the_guides_are_storyboards() -> None:
     shown = [text for page in PAGES for text in STORYBOARD.findall(page.read_text())]
     # One with variables is made a storyboard by its schedule.
     whole = [text for text in shown if "${" not in text]
-    assert len(whole) > 1
-    for text in whole:
+    examples = [path.read_text() for path in sorted((ROOT / "examples").glob("*.yaml"))]
+    assert len(whole) > 1 and len(examples) > 5
+    for text in whole + examples:
         parse_spec(text)
 
 
