@@ -179,8 +179,10 @@ def print_schedules(place: str, name: str | None, *, as_json: bool) -> int:
         rows = _history(_known(store, name))
     if as_json:
         print(json.dumps(rows))
-    else:
+    elif rows:
         _print_table(rows)
+    else:
+        print(f"nothing in {store.url}" if name is None else f"{name}: no run yet")
     return 0
 
 
@@ -260,5 +262,5 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     names = list({name: None for row in rows for name in row})
     lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(names))]
-    for line in lines if rows else ():
+    for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

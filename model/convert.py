@@ -142,6 +142,8 @@ def _check_arguments(
     for role in role_loras:
         if not ROLE_NAME.fullmatch(role):
             raise InputError(f"role_loras: {role!r} is no role name, wanted {ROLE_NAME.pattern}")
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such checkpoint folder")
     if (source / "roles").is_dir() or not (source / "dit").is_dir():
         raise CheckpointError(f"{source}: is converted already or has no dit/; convert the original folder")
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:

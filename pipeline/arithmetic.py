@@ -83,8 +83,7 @@ class Grid:
 
     @property
     def refined_condition(self) -> int:
-        """Refined frames that condition a window which goes on from others: those whose stage-one times lie
-        in the
+        """Refined frames that condition a window which goes on from others: those whose stage-one times lie in the
         condition frames; a whole number of latents."""
         return self.ratio * (self.condition_frames - 1) + 1
 

@@ -118,12 +118,10 @@ class SourceParams(TypedDict):
 
     `kind`:
     image  the picture in `media`, one frame.
-    video  the frames on screen at `times_s` (seconds after the time stamp of the first frame; the frame with
-    the
+    video  the frames on screen at `times_s` (seconds after the time stamp of the first frame; the frame with the
            greatest time stamp not above the time), one for each time, from `media`.
     shot   frame `frame` of the video that the latents of input 0 (a segment or a window) decode to, padding
-    included;
-           already has the right size.
+           included; already has the right size.
 
     Images and videos are scaled to cover the size and cut around the centre (fit `crop`).
     """

@@ -32,8 +32,7 @@ from pipeline.tasks import canonical_json
 
 @dataclass(frozen=True)
 class SegmentPlace:
-    """One segment. `start` is the stage-one frame of its first frame, conditions included; [new, end) the
-    stage-one
+    """One segment. `start` is the stage-one frame of its first frame, conditions included; [new, end) the stage-one
     frames that the take has from it; `prompt` the index of the prompt in force where its new frames begin."""
 
     shot: int
@@ -100,10 +99,9 @@ def rates_of(spec: Storyboard, facts: Facts) -> Rates:
 
 
 def shot_ids(shots: Sequence[Shot], facts: Facts) -> list[str]:
-    """An id for each shot: the written one, or one derived from how the shot opens (prompt, start, seed),
-    never from
-    its place or length. Shots that open alike are told apart by an ordinal: first by all their prompts, then
-    the longer first, so that moving one costs nothing."""
+    """An id for each shot: the written one, or one derived from how the shot opens (prompt, start, seed), never from
+    its place or length. Shots that open alike are told apart by an ordinal: first by all their prompts, then the
+    longer first, so that moving one costs nothing."""
     keys = [_opening(shot, facts) for shot in shots]
     groups: dict[str, list[int]] = {}
     for index, shot in enumerate(shots):
@@ -309,10 +307,8 @@ def seconds_in_shot(segment: SegmentPlace, place: ShotPlace, rates: Rates) -> Fr
 
 
 def frame_taken(target: ShotPlace, at: Fraction | None, take: Take, rates: Rates) -> int:
-    """The stage-one frame of `take` that `frame_of` means: the last one shown of the shot `target`, or the
-    one
-    on screen `at` seconds into it. It lies on both grids, so its refined twin is native frame ratio *
-    frame."""
+    """The stage-one frame of `take` that `frame_of` means: the last one shown of the shot `target`, or the one on
+    screen `at` seconds into it. It lies on both grids, so its refined twin is native frame ratio * frame."""
     ratio = rates.native_ratio
     last = (target.native[1] - 1) // ratio
     if at is None:

@@ -322,7 +322,9 @@ def test_bad_arguments_are_refused(source, target, arguments, message):
         convert(source, source / "converted", role_loras={"base": []})
 
 
-def test_converting_a_converted_folder_is_refused(source, target, tmp_path):
+def test_converting_a_converted_folder_or_none_is_refused(source, target, tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        convert(tmp_path / "nowhere", target, role_loras={"base": []})
     convert(source, target, role_loras={"base": []})
     with pytest.raises(CheckpointError, match="is converted already"):
         convert(target, tmp_path / "again", role_loras={"base": []})

@@ -50,6 +50,23 @@ def words_of(line: str) -> list[str]:
 LONGTAKE = commands("longtake")
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link can name in a page: its headings, in lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [*PAGES, ROOT / "CHANGELOG.md"]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())]
+    assert len(links) > 25
+    for page, link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), (page.name, link)
+        assert not anchor or anchor in anchors(target), (page.name, link)
+
+
 def test_tests_that_are_named_exist() -> None:
     named = {
         found

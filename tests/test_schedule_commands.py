@@ -53,8 +53,12 @@ def listed(capsys: pytest.CaptureFixture[str], *name: str) -> list[dict[str, Any
 
 
 def test_a_schedule_is_added_run_listed_and_removed(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "list"]) == 0
+    assert capsys.readouterr().out == f"nothing in {Path.cwd()}/schedules\n"
     assert add("--renders", "elsewhere") == 0
     assert "02:30" in capsys.readouterr().out
+    assert main(["schedule", "list", "news"]) == 0
+    assert capsys.readouterr().out == "news: no run yet\n"
     assert main(["schedule", "run-now", "news"]) == 0
     assert main(["schedule", "run-now", "news"]) == 0
     assert [film["shots"][0]["prompt"][0]["prompt"] for film in renderer.films] == ["a red circle", "a blue circle"]
