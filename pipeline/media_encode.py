@@ -24,6 +24,7 @@ from pipeline.errors import MediaError, SettingError
 from pipeline.media_child import LIMIT_S, Child, Ffmpeg, Workbench, encoder_names, run, workbench
 from pipeline.media_read import Frames, Stream, parse_framecrc
 from pipeline.params import CodecParams
+from pipeline.spec_values import AUDIO_RATE_HZ
 
 ENCODER_THREADS = 2
 """Part of the numerics record: x264 and x265 give other bytes with another number."""
@@ -33,8 +34,6 @@ GOP_FRAMES = 48
 
 LEAST_TICKS = 12_000
 """A film's time scale has at least so many ticks a second."""
-
-AUDIO_RATE_HZ = 48_000
 
 REORDER_FRAMES: Mapping[str, int] = {"h264": 2, "hevc": 2, "av1": 0, "prores": 0, "ffv1": 0}
 """How many frames decoding runs ahead of showing: B frames with one level of pyramid, or none."""
@@ -176,6 +175,9 @@ class FrameEncoder:
             **encoder_args(codec, threads, self._ffmpeg),
             **muxer_args(codec["container"], ticks_per_second(self._fps)),
             **{"flags:v": "+bitexact", "pix_fmt": codec["pix_fmt"]},
+            # ffmpeg takes a rate near 120 or 240 for exactly that, and would move frames or drop some.
+            fps_mode="passthrough",
+            enc_time_base=f"{self._fps.denominator}/{self._fps.numerator}",
         )
 
     def __enter__(self) -> Self:

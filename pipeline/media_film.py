@@ -22,7 +22,6 @@ import ffmpeg as ffmpeg_python
 from pipeline.errors import InputFileError, MediaError
 from pipeline.media_child import Ffmpeg, Workbench, run, workbench
 from pipeline.media_encode import (
-    AUDIO_RATE_HZ,
     REORDER_FRAMES,
     Unit,
     check_timing,
@@ -32,6 +31,7 @@ from pipeline.media_encode import (
 )
 from pipeline.media_read import open_input, probe
 from pipeline.params import CodecParams
+from pipeline.spec_values import AUDIO_RATE_HZ
 
 AI_MARK = "AI-generated video, made with longtake (digital source type: trainedAlgorithmicMedia)"
 """Stands in every film's `comment`."""

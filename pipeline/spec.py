@@ -349,9 +349,29 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _json_fields(text: str) -> dict[str, Any] | None:
+    """The fields of a text that is JSON; None for any other, and for what YAML's reader finds the place of.
+
+    YAML's reader takes most of JSON, but not tabs, `1e-05`, or a character beyond U+FFFF, which JSON escapes as two.
+    """
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        return dict(json.loads(text, object_pairs_hook=_single_keys))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key is there twice")
+    return fields
+
+
 def _parse_yaml(text: str, name: str) -> Any:
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
+        data = _json_fields(text) or yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name

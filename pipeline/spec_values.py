@@ -20,6 +20,10 @@ from pipeline.tasks import NAME_PATTERN
 LONGEST_S = 24 * 3600
 """Longest shot."""
 
+AUDIO_RATE_HZ = 48_000
+MOST_TICKS = 2**31 - 1
+"""A film's file counts frames and samples in common ticks, at most so many a second."""
+
 
 def refuse(message: str, remedy: str) -> PydanticCustomError:
     """The ValueError that pydantic turns into a problem with a remedy."""
@@ -112,6 +116,8 @@ def parse_rate(value: object) -> Fraction:
     rate = Fraction(nominal * 1000, 1001) if nominal else Fraction(text)
     if not 1 <= rate <= 240:
         raise refuse("is out of range", remedy)
+    if math.lcm(rate.numerator, AUDIO_RATE_HZ) > MOST_TICKS:
+        raise refuse("is finer than a film can count", remedy)
     return rate
 
 
@@ -142,7 +148,9 @@ def parse_frame_size(value: object) -> FrameSize:
 
 def parse_id(value: object) -> str:
     """An id that can become a file name (NAME_PATTERN). Raises ValueError."""
-    if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value):
+    if not isinstance(value, str):
+        raise refuse("is not text", "Write it in quotes.")
+    if not NAME_PATTERN.fullmatch(value):
         raise refuse("is not an id", "Use at most 63 of a-z, 0-9, dot, dash, underscore; a-z or 0-9 first.")
     return value
 

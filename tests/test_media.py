@@ -26,6 +26,7 @@ from pipeline.media_child import Child, workbench
 from pipeline.media_encode import encoder_args
 from pipeline.params import CodecParams
 from pipeline.spec import CODECS
+from pipeline.spec_values import parse_rate
 
 NTSC = Fraction(30000, 1001)
 PAIRS = [(codec, container) for codec, row in CODECS.items() for container in row.containers]
@@ -451,6 +452,14 @@ def test_four_hundred_units_of_one_frame_do_not_drift(ff: media.Ffmpeg, tmp_path
         film = tmp_path / f"film.{container}"
         made = media.concatenate([unit] * 400, film, fps=NTSC, codec=params(codec, container), ffmpeg=ff)
         media.verify_video(film, frames=made, size_px=(64, 64), fps=NTSC, ffmpeg=ff)
+
+
+@pytest.mark.parametrize("rate", ["119.88", "121", "44729/187"])
+def test_a_film_of_an_unusual_rate_has_each_frame_at_its_time(ff: media.Ffmpeg, tmp_path: Path, rate: str) -> None:
+    fps, codec = parse_rate(rate), params("h264", "mp4")
+    unit = encode(tmp_path / "a.mp4", numbered(0, 60), ff, codec, fps)
+    media.concatenate([unit, unit], tmp_path / "film.mp4", fps=fps, codec=codec, ffmpeg=ff)
+    media.verify_video(tmp_path / "film.mp4", frames=120, size_px=(64, 64), fps=fps, ffmpeg=ff)
 
 
 def test_a_unit_that_lost_frames_stops_the_film(ff: media.Ffmpeg, tmp_path: Path) -> None:

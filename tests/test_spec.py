@@ -62,6 +62,16 @@ def test_every_example_is_valid_and_reads_back(path: Path) -> None:
     assert parse_spec(json.dumps(spec.as_written())) == spec
 
 
+@pytest.mark.parametrize("indent", [None, "\t"])
+def test_a_storyboard_may_be_json_with_any_character_and_tabs(indent: str | None) -> None:
+    written = {"title": "Party 🎉", "shots": [{**SHOT, "prompt": "a 🎈 \x7f 𠮷"}]}
+    loras = [{"file": "a.safetensors", "strength": 1e-5}]
+    spec = parse_spec(json.dumps({**written, "loras": loras}, indent=indent))
+    assert (spec.title, spec.shots[0].prompt[0].prompt) == ("Party 🎉", "a 🎈 \x7f 𠮷")
+    assert spec.loras[0].strength == 1e-5
+    assert parse_spec(json.dumps(spec.as_written())) == spec
+
+
 def test_there_is_an_example_for_each_task() -> None:
     names = {path.stem for path in EXAMPLES}
     assert names >= {
@@ -126,6 +136,7 @@ def test_the_error_survives_pickling_with_all_its_problems() -> None:
         ({"output": {"codec": "prores", "path": "a.mkv"}}, "output.path", ".mov"),
         ({"output": {"fps": 0}}, "output.fps", "between 1 and 240"),
         ({"output": {"fps": "24/0"}}, "output.fps", "between 1 and 240"),
+        ({"output": {"fps": 23.976024}}, "output.fps", "finer than a film can count"),
         ({"output": {"size": "1280"}}, "output.size", "1280x720"),
         ({"output": {"size": "1281x720"}}, "output.size", "even"),
         ({"output": {"fit": "crop"}}, "output.fit", "size"),
@@ -154,6 +165,7 @@ def test_a_wrong_field_is_named_with_a_remedy(changes: dict[str, Any], field: st
         ({"prompt": [{"at": "2s", "prompt": "a"}]}, "shots[0].prompt[0].at", "starts at 0"),
         ({"id": "Opening Shot"}, "shots[0].id", "a-z"),
         ({"id": "../x"}, "shots[0].id", "a-z"),
+        ({"id": 1}, "shots[0].id", "in quotes"),
         ({"id": "a" * 64}, "shots[0].id", "63"),
         ({"image": "a.png", "video": "b.mp4"}, "shots[0]", "keep one"),
         ({"continue": "previous"}, "shots[0].continue", "no shot before"),
