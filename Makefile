@@ -59,4 +59,4 @@ chaos: dev
 test: lint types unit
 
 clean:
-	rm -rf $(VENV) renders runs examples/media
+	rm -rf $(VENV) renders runs examples/media demo.mp4 five-minutes.mp4
