@@ -198,7 +198,15 @@ def refine_weights(studio: Studio) -> WeightsParams:
 def add_text(studio: Studio, prompt: str) -> str:
     """The task that encodes a prompt, white space collapsed."""
     params: TextParams = {"checkpoint": studio.checkpoint, "prompt": joined(prompt)}
-    return studio.tasks.add("text", "text", params, label=f"text {joined(prompt)[:40]!r}", priority=-2)
+    return studio.tasks.add("text", "text", params, label=f"text {_in_brief(joined(prompt))!r}", priority=-2)
+
+
+def _in_brief(prompt: str) -> str:
+    """At most 49 characters: the beginning and the end, which is where the prompts of a take differ."""
+    if len(prompt) <= 49:
+        return prompt
+    begin, end = prompt[:22].rpartition(" ")[0] or prompt[:22], prompt[-22:].partition(" ")[2] or prompt[-22:]
+    return f"{begin} ... {end}"
 
 
 def add_chain(studio: Studio, take: Take, earlier: Mapping[str, TakeTasks]) -> TakeTasks:

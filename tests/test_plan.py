@@ -562,6 +562,18 @@ def test_the_look_is_joined_to_each_prompt_but_not_to_the_negative() -> None:
     assert prompts == {"a red circle, on film", "blur", ""}
 
 
+def test_long_prompts_are_told_apart_by_their_ends() -> None:
+    way = "a red circle moving slowly to the right"
+    later = [{"at": "6s", "prompt": f"{way} at sunset"}, {"at": "11s", "prompt": "x" * 90}]
+    prompts = [{"prompt": f"{way} on a clear day"}, *later]
+    labels = [task.label for task in tasks_of(plan(shot("20s", prompts), refinement="none"), "text")]
+    assert labels == [
+        "text 'a red circle moving ... right on a clear day'",
+        "text 'a red circle moving slowly to the right at sunset'",
+        f"text '{'x' * 22} ... {'x' * 22}'",
+    ]
+
+
 # --- crossfades, output
 
 
