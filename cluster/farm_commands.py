@@ -13,7 +13,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -93,6 +93,7 @@ def stop_farm(cluster: Cluster) -> int:
 
 def submit(film: RenderRequest, cluster: Cluster, wishes: Wishes, farm_store: str | None, *, watch_it: bool) -> int:
     """Check a storyboard, put what it names into its store, and have the farm render it."""
+    cluster = replace(cluster, address=cluster.found)  # No cluster: said before the store is written to.
     prepared = prepare(film)
     check_before_rendering(prepared.recipe, prepared.plan, prepared.store, prepared.left, wishes.gang)
     submission = submission_of(prepared, wishes)

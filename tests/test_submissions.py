@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cluster.cli import main
 from cluster.cli_farm import is_farmed
 from cluster.download import download_film
 from cluster.farm_commands import Cluster, Wishes, parse_hook, submission_of
@@ -164,8 +165,14 @@ def test_a_farms_render_is_meant_where_a_cluster_is_named(tmp_path: Path, monkey
     assert not farmed("folder") and not farmed("renders/short") and not farmed("s3://b/short")
 
 
-def test_a_farm_command_without_a_cluster_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_farm_command_without_a_cluster_says_what_is_missing_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    Path("film.yaml").write_text("shots: [{duration: 2s, prompt: a red circle}]\n")
+    assert main(["submit", "film.yaml"]) == 2
+    assert "RAY_ADDRESS" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["film.yaml"]
     with pytest.raises(SettingError, match="RAY_ADDRESS"):
         _ = Cluster().found
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
