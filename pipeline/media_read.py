@@ -3,7 +3,7 @@
 A file's format is decided by its first bytes, never by its name; ffmpeg is told that format and may open no
 other file or address. What cannot be used is refused with InputFileError before anything expensive starts.
 
-Frames are uint8 [n,h,w,3] RGB, upright. Times are seconds after the film's first frame.
+Frames are uint8 [n,h,w,3] RGB, upright, of square pixels. Times are seconds after the film's first frame.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ _BATCH_FRAMES = 16
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What `probe` found. `times_s` are the exact times of the frames after the first one's."""
+    """What `probe` found. `times_s` are the exact times of the frames after the first one's; sizes are as shown:
+    upright, in square pixels.
+    """
 
     kind: Literal["image", "video", "audio"]
     codec: str
@@ -70,6 +72,8 @@ class MediaInfo:
 # ---------------------------------------------------------------------------------------------- sniffing
 
 _PICTURES = ("PNG", "JPEG", "WEBP")
+_STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif")
+"""Of pictures in the container of films; a film's decoder would show one tile of them."""
 _TAKEN = "PNG, JPEG or WebP; MP4, MOV, MKV, WebM, AVI or MPEG-TS; WAV, FLAC, MP3, Ogg or AAC"
 
 
@@ -85,6 +89,8 @@ def sniff(path: Path) -> str:
         remedy = "Name a file that exists and is readable."
         raise _refused(path, f"cannot be read: {error.strerror}", remedy) from error
     found = _picture_format(head) or _demuxer(head)
+    if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
+        raise _refused(path, "is a HEIC or AVIF picture", "Save it as PNG, JPEG or WebP.")
     if found is None:
         what = "is neither a picture, a film nor a sound file, whatever its name says" if head else "is empty"
         raise _refused(path, what, f"Take {_TAKEN}.")
@@ -226,7 +232,7 @@ def parse_framecrc(text: str) -> list[Stream]:
 def _film_info(path: Path, shown: Stream, codec: str, has_audio: bool) -> MediaInfo:
     if not shown.packets:
         raise _refused(path, "holds no frame that can be decoded", "Export it again.")
-    width_px, height_px = (int(n) for n in shown.head["dimensions"].split("x"))
+    width_px, height_px = _square_size(path, shown)
     first_s = shown.packets[0][0]
     times_s = tuple(pts - first_s for pts, _ in shown.packets)
     if any(a >= b for a, b in pairwise(times_s)):
@@ -237,6 +243,17 @@ def _film_info(path: Path, shown: Stream, codec: str, has_audio: bool) -> MediaI
     # At a constant rate the last frame's length is known better than the file's ticks can say.
     constant = fps is not None and info.keeps(fps)
     return replace(info, duration_s=times_s[-1] + (1 / fps if fps and (constant or not last_s) else last_s))
+
+
+def _square_size(path: Path, shown: Stream) -> tuple[int, int]:
+    """Width and height of a film whose pixels are made square: of some cameras they are wider or narrower."""
+    width_px, height_px = (int(n) for n in shown.head["dimensions"].split("x"))
+    above, below = map(int, shown.head.get("sar", "1/1").split("/"))
+    if above and below:
+        width_px = max(1, round(width_px * Fraction(above, below)))
+    if width_px * height_px > LARGEST_PICTURE_PX:
+        raise _too_large(path, f"{width_px}x{height_px}")
+    return width_px, height_px
 
 
 def _rate(times_s: Sequence[Fraction], tick_s: Fraction) -> Fraction | None:
@@ -287,7 +304,7 @@ def read_image(path: Path) -> Frames:
         raise _refused(path, "is not a picture", "Take a PNG, JPEG or WebP.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(path, formats=[kind]) as picture:
                 _check_picture(path, picture)
                 picture.verify()
@@ -303,7 +320,8 @@ def read_image(path: Path) -> Frames:
 def _check_picture(path: Path, picture: Image.Image) -> None:
     if picture.width * picture.height > LARGEST_PICTURE_PX:
         raise _too_large(path, f"{picture.width}x{picture.height}")
-    if getattr(picture, "is_animated", False):
+    # Several pictures in one JPEG are a photograph and its previews or depth; the photograph comes first.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise _refused(path, "is animated", "Save the one picture that is meant.")
 
 
@@ -312,8 +330,23 @@ def _too_large(path: Path, size: str | None = None) -> InputFileError:
     return _refused(path, "is too large", remedy, size)
 
 
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation what sets a picture upright."""
+
+
 def _upright_rgb(picture: Image.Image) -> Frames:
-    upright = ImageOps.exif_transpose(picture)
+    # Not by ImageOps.exif_transpose: it also writes the EXIF data again, and what cameras write is often damaged.
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    upright = picture if turn is None else picture.transpose(turn)
     if upright.mode.startswith("I;16"):
         grey = (np.asarray(upright).astype(np.uint32) * 255 + 32767) // 65535
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
@@ -368,7 +401,7 @@ def _decoded(path: Path, info: MediaInfo, wanted: list[int], ffmpeg: Ffmpeg) -> 
     if not wanted:
         return
     shape, repeats = (info.height_px, info.width_px, 3), Counter(wanted)
-    with workbench() as bench, Child(ffmpeg, _decoding(open_input(bench, path), wanted), bench) as child:
+    with workbench() as bench, Child(ffmpeg, _decoding(open_input(bench, path), info, wanted), bench) as child:
         for index in range(wanted[0], wanted[-1] + 1):
             data = child.read(shape[0] * shape[1] * 3)
             if len(data) < shape[0] * shape[1] * 3:
@@ -379,10 +412,10 @@ def _decoded(path: Path, info: MediaInfo, wanted: list[int], ffmpeg: Ffmpeg) -> 
         child.finish()
 
 
-def _decoding(source: Any, wanted: list[int]) -> Any:
+def _decoding(source: Any, info: MediaInfo, wanted: list[int]) -> Any:
     frames = source["V:0"].filter("trim", start_frame=wanted[0], end_frame=wanted[-1] + 1)
     # Not the fast path: rounded the same way on every processor.
-    exact = frames.filter("scale", flags="bicubic+accurate_rnd+full_chroma_int+bitexact")
+    exact = frames.filter("scale", info.width_px, info.height_px, flags="bicubic+accurate_rnd+full_chroma_int+bitexact")
     return exact.filter("format", "rgb24").output("pipe:1", format="rawvideo", fps_mode="passthrough")
 
 

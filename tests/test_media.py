@@ -308,6 +308,22 @@ def test_a_turned_film_is_read_upright(ff: media.Ffmpeg, tmp_path: Path) -> None
     assert abs(top - bottom) > 150
 
 
+def test_a_film_of_wide_pixels_is_read_as_it_is_shown(
+    ff: media.Ffmpeg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = np.zeros((5, 64, 96, 3), np.uint8)
+    wide[:, :, :48] = 220
+    film, odd = encode(tmp_path / "a.mp4", wide, ff).path, tmp_path / "odd.mp4"
+    raw_ffmpeg(ff, "-i", film, "-c", "copy", "-bsf:v", "h264_metadata=sample_aspect_ratio=4/3", odd)
+    assert (media.probe(odd, ff).height_px, media.probe(odd, ff).width_px) == (64, 128)
+    (frames,) = media.read_video_at(odd, [Fraction(0)], ff)
+    assert frames.shape == (1, 64, 128, 3)
+    assert frames[0, :, :60].min() > 180 > 60 > frames[0, :, 68:].max()
+    monkeypatch.setattr("pipeline.media_read.LARGEST_PICTURE_PX", 96 * 64)
+    with pytest.raises(InputFileError, match="too large"):
+        media.probe(odd, ff)
+
+
 # -------------------------------------------------------------------------------------------- pictures
 
 
@@ -331,6 +347,23 @@ def test_pictures_are_upright_opaque_and_eight_bit(tmp_path: Path) -> None:
     assert (media.read_image(tmp_path / "named.txt") == np.asarray(red_left)).all()
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_with_damaged_exif_data_is_read_and_turned(tmp_path: Path, form: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    # The resolution, a fraction, says that it is text.
+    data = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+    Image.new("RGB", (40, 20)).save(tmp_path / "photo", form, exif=data)
+    assert media.read_image(tmp_path / "photo").shape == (40, 20, 3)
+
+
+def test_a_photograph_with_previews_is_read(tmp_path: Path, ff: media.Ffmpeg) -> None:
+    photo, preview = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (16, 12), "blue")
+    photo.save(tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert media.probe(tmp_path / "photo.jpg", ff).width_px == 64
+    assert media.read_image(tmp_path / "photo.jpg")[0, 0, 0] > 200
+
+
 def test_pictures_that_cannot_be_used_are_refused(tmp_path: Path, ff: media.Ffmpeg) -> None:
     for side in (9000, 30000):
         header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -341,7 +374,9 @@ def test_pictures_that_cannot_be_used_are_refused(tmp_path: Path, ff: media.Ffmp
     (tmp_path / "drawing.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     pictures[0].save(tmp_path / "moving.webp", save_all=True, append_images=pictures[1:])
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(600))
     reasons = {
+        "photo.heic": "HEIC",
         "bomb9000.png": "too large",
         "bomb30000.png": "too large",
         "cut.png": "damaged",
