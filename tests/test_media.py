@@ -319,7 +319,8 @@ def test_a_film_of_wide_pixels_is_read_as_it_is_shown(
     (frames,) = media.read_video_at(odd, [Fraction(0)], ff)
     assert frames.shape == (1, 64, 128, 3)
     assert frames[0, :, :60].min() > 180 > 60 > frames[0, :, 68:].max()
-    monkeypatch.setattr("pipeline.media_read.LARGEST_PICTURE_PX", 96 * 64)
+    raw_ffmpeg(ff, "-i", film, "-c", "copy", "-bsf:v", "h264_metadata=sample_aspect_ratio=16/1", odd)
+    monkeypatch.setattr("pipeline.media_read.LARGEST_PICTURE_PX", 1536 * 64 - 1)
     with pytest.raises(InputFileError, match="too large"):
         media.probe(odd, ff)
 
