@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -26,19 +27,28 @@ def print_inspection(place: str, store: str | None, out: Path | None, *, as_json
     """Inspect a film file, or a render named by its storyboard, folder or address."""
     path = Path(place)
     is_film = store is None and path.is_file() and path.suffix.lower() not in STORYBOARDS
+    folder = out or Path(f"{path.stem if is_film else path.name}.inspection")
+    _check_folder(folder)
     if is_film:
         inspection = inspect_film(path, find_ffmpeg())
     else:
         render = open_render(place, store)
         inspection, _ = inspect_render(render, Ledger(render).load(), find_ffmpeg())
-    name = path.stem if is_film else path.name
-    files = write_inspection(inspection, out or Path(f"{name}.inspection"))
+    files = write_inspection(inspection, folder)
     if as_json:
         print(json.dumps({**inspection.to_json(), "files": {k: str(v) for k, v in files.items()}}))
         return 0
     print(_summary(inspection))
     print(f"  page: {files['page']}")
     return 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Whether files can be put there, before minutes are spent on measuring. Raises SettingError."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        remedy = "Name a folder that can be written to."
+        raise SettingError("cannot be written", field="--out", value=str(folder), remedy=remedy)
 
 
 def inspect_render(store: Store, state: LedgerState, ffmpeg: Ffmpeg) -> tuple[Inspection, CommitRecord]:

@@ -37,6 +37,7 @@ def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Seque
     check_precision(Path(recipe.facts.checkpoint.path), recipe.spec.memory)
     choose_encoder(recipe.spec.output.codec, find_ffmpeg(os.environ.get("LONGTAKE_FFMPEG")))
     check_writable(Path(plan.output_path))
+    check_inputs_stay(recipe, Path(plan.output_path))
     check_store(store)
     check_space(plan, store, left)
     check_checkpoint(recipe.facts.checkpoint)
@@ -59,6 +60,14 @@ def check_writable(target: Path) -> None:
             value=str(target),
             remedy="Name a file in a writable folder.",
         ) from error
+
+
+def check_inputs_stay(recipe: Recipe, target: Path) -> None:
+    """Whether the film takes the place of none of the files it is made from. Raises SettingError."""
+    for path in recipe.facts.media:
+        if target.exists() and Path(path).exists() and target.samefile(path):
+            message, remedy = "is a file that the film is made from", "Name another file."
+            raise SettingError(message, field="output.path", value=str(target), remedy=remedy)
 
 
 def check_store(store: Store) -> None:

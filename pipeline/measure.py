@@ -25,6 +25,9 @@ Picture = NDArray[np.float32]
 LOOK_PX = 160
 """Longer side of what colour and change are measured on."""
 
+LEAST_LOOK_PX = 12
+"""Of either side: the search for motion needs so many."""
+
 REFERENCE_S = 3.0
 """The first seconds, whose mean colour histogram every later frame is compared with."""
 
@@ -147,7 +150,7 @@ def _look(frame: Frames) -> Picture:
     """The frame as float32 [h,w,3] in levels, made small by averaging areas."""
     height_px, width_px = frame.shape[:2]
     scale = min(1.0, LOOK_PX / max(height_px, width_px))
-    size = (max(8, round(width_px * scale)), max(8, round(height_px * scale)))
+    size = (max(LEAST_LOOK_PX, round(width_px * scale)), max(LEAST_LOOK_PX, round(height_px * scale)))
     small = frame if size == (width_px, height_px) else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     return np.asarray(small, dtype=np.float32)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -103,6 +104,9 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["render", "film.yaml", "--workers", "0"])
     assert stopped.value.code == 2
+    with pytest.raises(SystemExit):
+        main(["render", "film.yaml", "--workers", "all"])
+    assert "--workers: all is no whole number" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["render", "film.yaml", "--deadline", "soon"])
     assert stopped.value.code == 2
@@ -276,6 +280,14 @@ def _foreign_lora(checkpoint: Path) -> dict[str, Any]:
     return storyboard(checkpoint, loras=[{"file": "other.safetensors"}])
 
 
+def _over_its_sound(checkpoint: Path) -> dict[str, Any]:
+    with wave.open("take.mp4", "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    Path("film.mp4").symlink_to("take.mp4")
+    return storyboard(checkpoint, output={"path": "./take.mp4", "soundtrack": "film.mp4"})
+
+
 def _output(**output: Any) -> Case:
     return lambda checkpoint: storyboard(checkpoint, output=output)
 
@@ -299,6 +311,7 @@ BAD_INPUT: dict[str, tuple[Case, list[str]]] = {
     "pickle": (_changed_checkpoint(_leave_pickle), ["diffusion_pytorch_model.bin: a pickle could run code"]),
     "unwritable output": (_output(path="film.yaml/film.mp4"), ["output.path", "film.yaml/film.mp4"]),
     "output is a folder": (_output(path="folder.mp4"), ["output.path", "folder.mp4"]),
+    "output is an input": (_over_its_sound, ["output.path", "take.mp4", "is made from"]),
     "unwritable store": (lambda c: storyboard(c), ["--store", "film.yaml/render"]),
     "store where no folder can be": (lambda c: storyboard(c), ["--store: no folder", "/proc/render"]),
     "unknown shot": (lambda c: storyboard(c), ["--shots", "two", "one"]),

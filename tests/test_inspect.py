@@ -108,6 +108,16 @@ def test_a_file_that_is_no_film_is_refused(content: bytes, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_is_no_folder_is_named_before_measuring(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.inspect.inspect_film", lambda *_: pytest.fail("it was measured"))
+    (tmp_path / "page").touch()
+    for out in (tmp_path / "page", tmp_path / "page" / "folder"):
+        assert main(["inspect", str(film), "--out", str(out)]) == 2
+        assert f"--out: cannot be written (got '{out}')" in capsys.readouterr().err
+
+
 def test_a_film_that_was_cut_off_is_refused(film: Path, tmp_path: Path) -> None:
     path = tmp_path / "torn.mp4"
     path.write_bytes(film.read_bytes()[: film.stat().st_size // 2])

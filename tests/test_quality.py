@@ -257,6 +257,13 @@ def test_one_frame_and_two_frames_are_films_too() -> None:
         assert np.isfinite(stand_out(table).score).all()
 
 
+def test_a_film_of_few_pixels_is_measured() -> None:
+    meter = FilmMeter()
+    for index, frame in enumerate(np.random.default_rng(0).integers(0, 256, (3, 2, 8, 3), np.uint8)):
+        meter.add(frame, index / FPS)
+    assert all(np.isfinite(column).all() for column in meter.table().values())
+
+
 def test_what_is_kept_of_a_frame_is_a_few_numbers() -> None:
     frames = pan(np.arange(20.0), 180, 320)
     meter = FilmMeter()
