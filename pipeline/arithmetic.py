@@ -2,7 +2,7 @@
 
 Contract: pure functions of whole numbers. With the official facts: segments of 93 frames that begin 80 apart,
 windows that begin 160 refined frames apart, 48 latents each, six latents of overlap to merge, and a change of
-window 13 frames after a window begins.
+window 21 frames after a window begins.
 
 One grid for a take: refined frame g shows stage-one time g / ratio; latent m of the take holds frames
 4m-3..4m, latent 0 frame 0. Window i begins at refined frame i * window_hop.
@@ -78,8 +78,10 @@ class Grid:
 
     @property
     def merged_handover(self) -> int:
-        """Frame of a window, relative to its beginning, from which its own unit shows: mid-overlap."""
-        return self.temporal * (self.merge_latents // 2) + 1
+        """Frame of a window, relative to its beginning, from which its own unit shows: where the last latent of the
+        overlap begins. By then both decoders have gone through the same latents for so long that what they saw before
+        no longer shows (docs/refinement.md)."""
+        return self.temporal * max(self.merge_latents - 1, 0) + 1
 
     @property
     def refined_condition(self) -> int:

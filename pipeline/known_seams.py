@@ -17,7 +17,7 @@ from pipeline.tasks import Task
 def seams_of(tasks: Mapping[str, Task], film_task_id: str) -> list[Seam]:
     """The seams of a plan's film, in order; where a shot's cut and another seam meet, the cut stands.
 
-    Between two units: a `window` (the middle of the overlap that both refined), a `segment` of an unrefined
+    Between two units: a `window` (in the overlap that both refined), a `segment` of an unrefined
     film, or a `cut` to another shot. Inside a unit of windows: each `segment` that begins there.
     """
     film = tasks[film_task_id]

@@ -394,7 +394,7 @@ def _add_shot_frame(
 
 
 def handover(studio: Studio) -> int:
-    """From which of its frames on a window is shown instead of the one before it: in the middle of the merged
+    """From which of its frames on a window is shown instead of the one before it: from the last latent of the merged
     overlap, or, chained, right after the frames it was conditioned on."""
     is_chained = studio.spec.refinement == "chained"
     return studio.grid.refined_condition if is_chained else studio.grid.merged_handover

@@ -138,8 +138,8 @@ def seams(planned: Plan) -> list[tuple[int, str]]:
 
 def test_a_refined_shot_has_seams_where_windows_and_where_segments_meet() -> None:
     planned = plan({"duration": "400f", "prompt": "a red circle"}, refinement="parallel")
-    # Window i+1 takes over at 160(i+1)+13; new frames of segment i+1 begin at stage-one frame 93+80i.
-    assert seams(planned) == [(173, "window"), (186, "segment"), (333, "window"), (346, "segment")]
+    # Window i+1 takes over at 160(i+1)+21; new frames of segment i+1 begin at stage-one frame 93+80i.
+    assert seams(planned) == [(181, "window"), (186, "segment"), (341, "window"), (346, "segment")]
 
 
 def test_an_unrefined_shot_has_seams_where_segments_meet() -> None:

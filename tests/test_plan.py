@@ -413,12 +413,12 @@ def test_windows_need_no_window_and_no_later_segment_in_parallel() -> None:
     assert depth[planned.film_task_id] == 1
 
 
-def test_units_change_in_the_middle_of_merged_overlaps() -> None:
+def test_units_change_where_the_last_latent_of_a_merged_overlap_begins() -> None:
     planned = plan(shot("20s", id="a"))
     units = [task.params for task in tasks_of(planned, "encode")]
-    assert [unit["frames"] for unit in units] == [173, 160, 160, 107]
+    assert [unit["frames"] for unit in units] == [181, 160, 160, 99]
     (layer,) = units[1]["layers"]
-    assert layer["ranges"] == [[13, 173, 1]]
+    assert layer["ranges"] == [[21, 181, 1]]
     merges = [(merge["earlier"], merge["here"], merge["there"], merge["count"]) for merge in layer["merges"]]
     assert merges == [(True, 1, 41, 6), (False, 41, 1, 6)]
 
@@ -589,12 +589,12 @@ def test_a_crossfade_overlaps_two_shots() -> None:
 
 
 def test_a_crossfade_is_cut_where_either_side_changes_its_window() -> None:
-    planned = plan(shot("190f", id="a"), shot("400f", "b", id="b", transition={"crossfade": "180f"}))
+    planned = plan(shot("200f", id="a"), shot("400f", "b", id="b", transition={"crossfade": "190f"}))
     mixed = [task for task in tasks_of(planned, "encode") if task.params["blend"]]
     assert [(task.params["blend"]["first"], task.params["frames"]) for task in mixed] == [
-        (0, 163),
-        (163, 10),
-        (173, 7),
+        (0, 171),
+        (171, 10),
+        (181, 9),
     ]
 
 

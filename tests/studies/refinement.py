@@ -29,6 +29,7 @@ from model.generate import Models, decode_frames, mix_noise
 from model.noise import draw_noise
 from model.pixels import encode_frames, encode_resampled
 from model.sampling import Schedule, denoise
+from pipeline.arithmetic import Grid
 from pipeline.params import merge_weights, noise_seeds
 from tests.studies.films import (
     DTYPES,
@@ -130,6 +131,9 @@ class Refinery:
     def shared_frames(self, index: int) -> Tensor:
         return self._kept(f"frames {index}", lambda: self.decode(self.shared(index)))
 
+    def merged_frames(self, index: int, merged: Tensor) -> Tensor:
+        return self._kept(f"merged frames {index}", lambda: self.decode(merged))
+
     def after(self, index: int, tail: Tensor, way: str, right: Tensor | None = None) -> Tensor:
         """`between`, kept under the name of the way."""
         return self._kept(f"{way} {index}", lambda: self.between(index, tail, right))
@@ -179,22 +183,6 @@ class Refinery:
         merged[index][:, :, hop + 1 : hop + 1 + count] = both
         merged[index + 1][:, :, 1 : 1 + count] = both
 
-    def level_all(self, windows: list[Tensor]) -> list[Tensor]:
-        """Windows without the lasting difference to their neighbours: the mean difference of each channel over an
-        overlap, half of it taken from either side, less and less up to the middle of the window.
-        """
-        count, hop = self.grid.merge_latents, self.grid.window_hop_latents
-        middle, place = self.latents // 2, torch.arange(self.latents)
-        of_left = ((place - middle) / (hop + 1 - middle)).clamp(0, 1) / 2
-        of_right = ((middle - place) / (middle - count)).clamp(0, 1) / 2
-        levelled = [window.clone() for window in windows]
-        for index in range(len(windows) - 1):
-            left, right = windows[index][:, :, hop + 1 : hop + 1 + count], windows[index + 1][:, :, 1 : 1 + count]
-            apart = (right - left).mean(dim=(2, 3, 4), keepdim=True)
-            levelled[index] += apart * of_left.view(1, 1, -1, 1, 1)
-            levelled[index + 1] -= apart * of_right.view(1, 1, -1, 1, 1)
-        return levelled
-
     def decode(self, x: Tensor) -> Tensor:
         return torch.cat(list(decode_frames(self.models.vae, x[0])))
 
@@ -232,23 +220,25 @@ def chained(refinery: Refinery) -> Iterator[Unit]:
         yield frames, given, refinery.stop(index, given)
 
 
-def _middle(refinery: Refinery) -> list[int]:
-    return [0, *[refinery.grid.merged_handover] * (refinery.windows - 1)]
+def _middle(grid: Grid) -> int:
+    """The frame of a window in the middle of the overlap, where a latent begins."""
+    return grid.temporal * (grid.merge_latents // 2) + 1
 
 
-def _late(refinery: Refinery) -> list[int]:
-    grid = refinery.grid
-    return [0, *[grid.temporal * grid.merge_latents + 1] * (refinery.windows - 1)]
+def _from(refinery: Refinery, frame: int) -> list[int]:
+    """Every window but the first is shown from the same frame of its own on."""
+    return [0, *[frame] * (refinery.windows - 1)]
 
 
 def independent(refinery: Refinery) -> Iterator[Unit]:
     """Noise of its own for each window, a hard change in the middle of the overlap."""
-    return refinery.units(_middle(refinery), lambda i: refinery.decode(refinery.independent(i)))
+    frames = _from(refinery, _middle(refinery.grid))
+    return refinery.units(frames, lambda i: refinery.decode(refinery.independent(i)))
 
 
 def shared(refinery: Refinery) -> Iterator[Unit]:
     """Shared noise, a hard change in the middle of the overlap."""
-    return refinery.units(_middle(refinery), refinery.shared_frames)
+    return refinery.units(_from(refinery, _middle(refinery.grid)), refinery.shared_frames)
 
 
 def shared_pixels(refinery: Refinery) -> Iterator[Unit]:
@@ -266,31 +256,34 @@ def shared_pixels(refinery: Refinery) -> Iterator[Unit]:
         return frames
 
     # The later window shows the whole mixed overlap.
-    return refinery.units([0, *[1] * (refinery.windows - 1)], mixed)
+    return refinery.units(_from(refinery, 1), mixed)
 
 
 def shared_latents(refinery: Refinery) -> Iterator[Unit]:
     """Shared noise, the overlap merged in latents."""
+    return _merged(refinery, refinery.grid.merged_handover)
+
+
+def mid_overlap(refinery: Refinery) -> Iterator[Unit]:
+    """The same, the later window shown from the middle of the overlap on."""
+    return _merged(refinery, _middle(refinery.grid))
+
+
+def after_overlap(refinery: Refinery) -> Iterator[Unit]:
+    """The same, the later window shown only after the overlap."""
+    return _merged(refinery, refinery.grid.temporal * refinery.grid.merge_latents + 1)
+
+
+def _merged(refinery: Refinery, frame: int) -> Iterator[Unit]:
     merged = refinery.merge_all([refinery.shared(i) for i in range(refinery.windows)])
-    return refinery.units(_middle(refinery), lambda i: refinery.decode(merged[i]))
-
-
-def late(refinery: Refinery) -> Iterator[Unit]:
-    """The same, the later window shown only after the overlap: its decoder has seen all of what both have by then."""
-    merged = refinery.merge_all([refinery.shared(i) for i in range(refinery.windows)])
-    return refinery.units(_late(refinery), lambda i: refinery.decode(merged[i]))
-
-
-def levelled(refinery: Refinery) -> Iterator[Unit]:
-    """The same, each channel's lasting difference between neighbours taken away before."""
-    merged = refinery.merge_all(refinery.level_all([refinery.shared(i) for i in range(refinery.windows)]))
-    return refinery.units(_middle(refinery), lambda i: refinery.decode(merged[i]))
+    return refinery.units(_from(refinery, frame), lambda i: refinery.merged_frames(i, merged[i]))
 
 
 def lockstep(refinery: Refinery) -> Iterator[Unit]:
     """All windows side by side, the predicted velocity averaged over each overlap after every step."""
     states = refinery.lockstep()
-    return refinery.units(_middle(refinery), lambda i: refinery.decode(states[i]))
+    frames = _from(refinery, refinery.grid.merged_handover)
+    return refinery.units(frames, lambda i: refinery.decode(states[i]))
 
 
 def _anchors(refinery: Refinery, way: str, *, fixed: bool) -> Iterator[Unit]:
@@ -330,8 +323,8 @@ def anchored_both(refinery: Refinery) -> Iterator[Unit]:
 VARIANTS: dict[str, tuple[Callable[[Refinery], Iterator[Unit]], str]] = {
     "chained": (chained, "n windows"),
     "shared, latents": (shared_latents, "1 window"),
-    "late": (late, "1 window"),
-    "levelled": (levelled, "1 window"),
+    "mid-overlap": (mid_overlap, "1 window"),
+    "after overlap": (after_overlap, "1 window"),
     "lockstep": (lockstep, "1 window, 4 exchanges"),
     "anchored": (anchored, "2 windows"),
     "anchored, both": (anchored_both, "2 windows"),
@@ -369,7 +362,7 @@ def measured(refinery: Refinery, variant: str) -> Result:
     started_s, grid = time.process_time(), refinery.grid
     seams = list(seams_of(refinery, variant))
     hops = [index * grid.window_hop for index in range(1, refinery.windows)]
-    places = (1, grid.merged_handover, grid.refined_condition + 1)
+    places = (1, _middle(grid), grid.merged_handover, grid.refined_condition + 1)
     around = [slice(hop, hop + grid.refined_condition + 4) for hop in hops]
     parts = (frames[start:stop] for frames, start, stop in VARIANTS[variant][0](refinery))
     joins = [hop + place for hop in hops for place in places]
@@ -380,10 +373,12 @@ def measured(refinery: Refinery, variant: str) -> Result:
 def seams_of(refinery: Refinery, variant: str) -> Iterator[int]:
     """First film frame of each window but the first; of a mixed overlap its middle."""
     grid = refinery.grid
+    places = {name: _middle(grid) for name in ("independent", "shared", "shared, pixels", "mid-overlap")}
+    places["after overlap"] = grid.temporal * grid.merge_latents + 1
     for index in range(1, refinery.windows):
         is_after = variant == "chained" or (variant.startswith("anchored") and index % 2)
-        place = _late(refinery)[index] if variant == "late" else grid.merged_handover
-        yield index * grid.window_hop + (grid.refined_condition if is_after else place)
+        place = grid.refined_condition if is_after else places.get(variant, grid.merged_handover)
+        yield index * grid.window_hop + place
 
 
 def run(studio: Studio, folder: Path, count: int, windows: int, variants: list[str]) -> dict[str, list[Result]]:
