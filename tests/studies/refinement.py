@@ -131,8 +131,22 @@ class Refinery:
     def shared_frames(self, index: int) -> Tensor:
         return self._kept(f"frames {index}", lambda: self.decode(self.shared(index)))
 
-    def merged_frames(self, index: int, merged: Tensor) -> Tensor:
-        return self._kept(f"merged frames {index}", lambda: self.decode(merged))
+    def merged_frames(self, index: int) -> Tensor:
+        return self._kept(f"merged frames {index}", lambda: self.decode(self._merged[index]))
+
+    @functools.cached_property
+    def _merged(self) -> list[Tensor]:
+        return self.merge_all([self.shared(i) for i in range(self.windows)])
+
+    def apart(self) -> list[float]:
+        """For each frame of a merged overlap, how far the pictures that both windows decode of it are apart: mean
+        difference in levels of 8 bits."""
+        hop, reach = self.grid.window_hop, self.grid.window_reach
+        total = torch.zeros(reach - hop)
+        for i in range(self.windows - 1):
+            left, right = self.merged_frames(i)[hop + 1 : reach + 1], self.merged_frames(i + 1)[1 : reach - hop + 1]
+            total += (left.float() - right.float()).abs().mean(dim=(1, 2, 3))
+        return [round(value, 3) for value in (total / (self.windows - 1)).tolist()]
 
     def after(self, index: int, tail: Tensor, way: str, right: Tensor | None = None) -> Tensor:
         """`between`, kept under the name of the way."""
@@ -275,8 +289,7 @@ def after_overlap(refinery: Refinery) -> Iterator[Unit]:
 
 
 def _merged(refinery: Refinery, frame: int) -> Iterator[Unit]:
-    merged = refinery.merge_all([refinery.shared(i) for i in range(refinery.windows)])
-    return refinery.units(_from(refinery, frame), lambda i: refinery.merged_frames(i, merged[i]))
+    return refinery.units(_from(refinery, frame), refinery.merged_frames)
 
 
 def lockstep(refinery: Refinery) -> Iterator[Unit]:
@@ -367,6 +380,8 @@ def measured(refinery: Refinery, variant: str) -> Result:
     parts = (frames[start:stop] for frames, start, stop in VARIANTS[variant][0](refinery))
     joins = [hop + place for hop in hops for place in places]
     result = measure(parts, refinery.studio.facts.refined_fps, seams, joins, around, grid.temporal)
+    if variant == "shared, latents":
+        result["apart"] = refinery.apart()
     return {"cpu_s": round(time.process_time() - started_s, 1), **result}
 
 
@@ -456,6 +471,16 @@ def z_table(results: dict[str, list[Result]]) -> str:
     return markdown(["z - inside", *names], rows)
 
 
+def apart_table(results: dict[str, list[Result]]) -> str:
+    """How far two windows' pictures of the same merged frame are apart, for some frames of the overlap."""
+    apart = [result["apart"] for result in results.get("shared, latents", [])]
+    if not apart:
+        return ""
+    places = [*range(1, len(apart[0]), 4), len(apart[0])]
+    levels = [f"{mean_of([levels[place - 1] for levels in apart]).value:.3f}" for place in places]
+    return markdown(["frame of the overlap", *map(str, places)], [["levels of 8 bits apart", *levels]])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run or go on with the study, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -471,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = results_folder(options.out, checkpoint, options.dtype)
     results = run(open_studio(checkpoint, options.dtype), folder, options.films, options.windows, options.variants)
     print(f"{options.films} films of {options.windows} windows, weights {folder.name}\n")
-    print(f"{table(results)}\n\n{z_table(results)}")
+    print(f"{table(results)}\n\n{z_table(results)}\n\n{apart_table(results)}")
     return 0
 
 
