@@ -108,6 +108,8 @@ def storyboard_error(problems: tuple[SpecError, ...] | list[SpecError]) -> Story
 
 
 def _prompt_list(value: object) -> object:
+    if isinstance(value, bool | int | float):
+        raise refuse("is not text", "Write it in quotes.")
     return [{"at": 0, "prompt": value}] if isinstance(value, str) else value
 
 

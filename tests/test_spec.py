@@ -162,6 +162,7 @@ def test_a_wrong_field_is_named_with_a_remedy(changes: dict[str, Any], field: st
         ({"prompt": ""}, "shots[0].prompt[0].prompt", "Write some text"),
         ({"prompt": "  "}, "shots[0].prompt[0].prompt", "Write some text"),
         ({"prompt": []}, "shots[0].prompt", "at least one"),
+        ({"prompt": False}, "shots[0].prompt", "in quotes"),
         ({"prompt": [{"at": "2s", "prompt": "a"}]}, "shots[0].prompt[0].at", "starts at 0"),
         ({"id": "Opening Shot"}, "shots[0].id", "a-z"),
         ({"id": "../x"}, "shots[0].id", "a-z"),
