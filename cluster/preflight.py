@@ -50,7 +50,8 @@ def check_writable(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(None, "is a folder")
-        probe = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        # As long as the name that the film has while it is copied.
+        probe = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:

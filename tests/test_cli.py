@@ -311,6 +311,7 @@ BAD_INPUT: dict[str, tuple[Case, list[str]]] = {
     "pickle": (_changed_checkpoint(_leave_pickle), ["diffusion_pytorch_model.bin: a pickle could run code"]),
     "unwritable output": (_output(path="film.yaml/film.mp4"), ["output.path", "film.yaml/film.mp4"]),
     "output is a folder": (_output(path="folder.mp4"), ["output.path", "folder.mp4"]),
+    "output of a long name": (_output(path="x" * 236 + ".mp4"), ["output.path", "name too long"]),
     "output is an input": (_over_its_sound, ["output.path", "take.mp4", "is made from"]),
     "unwritable store": (lambda c: storyboard(c), ["--store", "film.yaml/render"]),
     "store where no folder can be": (lambda c: storyboard(c), ["--store: no folder", "/proc/render"]),
