@@ -9,6 +9,7 @@ the CUDA context, about half a GB.
 
 from __future__ import annotations
 
+import argparse
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def _call(network: DiT, size: Pass, cache: CondCache | None) -> None:
 
 def main() -> None:
     """Print what each pass of the official network holds, in GB."""
+    argparse.ArgumentParser(prog="python -m model.footprint", description=main.__doc__).parse_args()
     print("bf16, computed from shapes, not measured; GB on the card at most, weights and cache included:")
     print(f"{'pass':<36} {'stored':>7} {'weight_only':>12} {'+ cache on the host':>20} {'cache':>6}")
     ways: tuple[tuple[Products | None, Literal["card", "host"]], ...]

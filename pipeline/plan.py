@@ -413,9 +413,8 @@ def _film_lines(plan: Plan) -> list[str]:
         where = "not shown" if shot.first_frame is None else f"from frame {shot.first_frame}"
         fade = f", crossfade of {shot.fade_frames} frames" if shot.fade_frames else ""
         begins = f"{shot.start} from {shot.goes_on_from}" if shot.goes_on_from else shot.start
-        lines.append(
-            f"shot {shot.id}: {begins}, {shot.frames} frames {where}, {shot.segments} segments{fade}"
-        )
+        segments = "1 segment" if shot.segments == 1 else f"{shot.segments} segments"
+        lines.append(f"shot {shot.id}: {begins}, {shot.frames} frames {where}, {segments}{fade}")
     for take in plan.shown_takes:
         lines.append(f"take {take.take} of {take.shot_id} from {timecode(float(take.first_frame / plan.fps))}")
     for item in plan.prompts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from safetensors.torch import load_file
 
 from model.checkpoint import load_dit, load_text, load_vae
 from model.lora import load_lora
-from model.train import adapters
+from model.train import __main__ as stages
+from model.train import adapters, flags
 from model.train.ahead import Ahead
 from model.train.dit import Generator, Part, Shape, new_generator, sample, train_dit
 from model.train.films import Cache, build_cache
@@ -252,3 +255,20 @@ def test_a_cache_of_films_is_the_same_clips_in_however_many_shards(vae, tmp_path
     assert len(whole) == len(parts) == 7 and whole.texts == parts.texts
     torch.testing.assert_close(whole.latents, parts.latents, atol=2e-3, rtol=0)
     assert torch.equal(whole.covers, parts.covers)
+
+
+def test_each_stage_takes_the_flags_that_it_reads_and_no_others() -> None:
+    tree = ast.parse(inspect.getsource(stages))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    def reads(name: str) -> set[str]:
+        nodes = list(ast.walk(functions[name]))
+        fields = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+        own = {found.attr for found in fields if ast.unparse(found.value) == "args"}
+        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        return own.union(*(reads(other) for other in called & set(functions)))
+
+    assert set(flags.STAGES) == set(stages.STAGES)
+    for stage, wanted in flags.STAGES.items():
+        taken = {flag.replace("-", "_") for flag in wanted.names}
+        assert reads(stages.STAGES[stage].__name__) - {"folder", "seed", "device"} == taken, stage

@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -46,6 +45,7 @@ from model.train import adapters, clips, films, finetune
 from model.train import vae as vae_stage
 from model.train.dit import SHIFT, Generator, Part, Samples, Shape, new_generator, sample, train_dit
 from model.train.films import Cache
+from model.train.flags import parser
 from model.train.loop import Plan, load_average, processes, together
 from model.train.pack import write_dit, write_scheduler, write_vae
 from model.train.sheet import write_sheet
@@ -145,18 +145,6 @@ def run_lora(args: argparse.Namespace) -> None:
         log=log,
     )
     log(f"{file}")
-
-
-def height_and_width(text: str) -> tuple[int, int]:
-    """HEIGHTxWIDTH in pixels."""
-    height, width = text.lower().split("x")
-    return int(height), int(width)
-
-
-def part_of_mix(text: str) -> tuple[int, int, float]:
-    """FRAMES:CLIPS:WEIGHT of one part of the mix."""
-    frames, clips, weight = text.split(":")
-    return int(frames), int(clips), float(weight)
 
 
 def teacher_of(args: argparse.Namespace, cache: Cache) -> Generator:
@@ -269,67 +257,8 @@ STAGES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m model.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    stages = top.add_subparsers(dest="stage", required=True)
-    defaults: dict[str, dict[str, float]] = {
-        "vae": {"steps": 1100, "rate": 1.2e-3, "final_rate": 4e-5, "clips": 2},
-        "dit": {"steps": 1600, "rate": 1.5e-3, "final_rate": 1e-4},
-        "distill": {"steps": 300, "rate": 1e-3, "final_rate": 1e-4, "clips": 6, "frames": 93},
-        "refine": {"steps": 400, "rate": 1e-3, "final_rate": 1e-4},
-        "decoder": {"steps": 600, "rate": 6e-4, "final_rate": 4e-5},
-        "lora": {"steps": 500, "rate": 1e-4, "final_rate": 1e-5, "clips": 1, "frames": 93},
-        "films": {"clips": 2048},
-        "clips": {"frames": 93},
-        "pairs": {"clips": 192},
-        "sheet": {"steps": 24, "frames": 93},
-        "evaluate": {"steps": 24, "frames": 93, "clips": 64},
-    }
-    for name in STAGES:
-        stage = stages.add_parser(name)
-        stage.add_argument("--folder", type=Path, required=True, help="where states, caches and the checkpoint live")
-        stage.add_argument("--seed", type=int, default=1)
-        stage.add_argument("--minutes", type=float, default=math.inf, help="stop (and save) after this long")
-        stage.add_argument("--steps", type=int, default=1000)
-        stage.add_argument("--rate", type=float, default=1e-3)
-        stage.add_argument("--final-rate", type=float, default=1e-4)
-        stage.add_argument("--clips", type=int, default=16, help="clips in a batch, or in a cache")
-        stage.add_argument("--frames", type=int, default=33, help="frames of a coarse clip")
-        stage.add_argument("--state", default="dit", help="name of the DiT's state")
-        stage.add_argument("--start-from", default=None, help="state or checkpoint folder that a new state starts from")
-        stage.add_argument("--mix", type=part_of_mix, nargs="+", default=[(33, 16, 1.0)], metavar="FRAMES:CLIPS:WEIGHT")
-        stage.add_argument("--width", type=int, default=256)
-        stage.add_argument("--depth", type=int, default=6)
-        stage.add_argument("--base-dim", type=int, default=16)
-        stage.add_argument("--image-steps", type=int, default=2000)
-        stage.add_argument("--guidance", type=float, default=3.0)
-        stage.add_argument("--jump", type=float, default=0.0, help="length of a distilled step, 0 for guidance alone")
-        stage.add_argument("--rank", type=int, default=32)
-        stage.add_argument("--tokens", type=int, default=6000, help="tokens in a refinement batch")
-        many = name == "refine"
-        stage.add_argument("--latent-frames", type=int, nargs="+" if many else None, default=[16] if many else 16)
-        stage.add_argument("--to", type=Path, default=None, help="folder to pack into, RUN/checkpoint by default")
-        stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        stage.add_argument("--checkpointing", action="store_true", help="save memory for time")
-        stage.add_argument("--compile", action="store_true", help="fuse with torch.compile (wants a C++ compiler)")
-        stage.add_argument("--keep-text", action="store_true", help="leave the text encoder as it is")
-        stage.add_argument("--sheet-every", type=int, default=0, metavar="N", help="a sample sheet every N steps")
-        needed = name in ("clips", "lora")
-        stage.add_argument("--checkpoint", type=Path, default=None, required=needed, help="checkpoint folder")
-        stage.add_argument("--videos", type=Path, default=None, required=name == "clips", help="folder of videos")
-        stage.add_argument("--captions", type=Path, default=None, help="Parquet table: file, caption (else .txt files)")
-        stage.add_argument("--size", type=height_and_width, default=(64, 96), metavar="HEIGHTxWIDTH")
-        stage.add_argument("--fps", type=float, default=15.0)
-        stage.add_argument("--name", default="style", help="name of the LoRA")
-        stage.add_argument("--held-out", action="store_true", help="prompts that training never saw")
-        stage.set_defaults(**defaults.get(name, {}))
-    return top
-
-
 def main() -> None:
-    args = parser().parse_args()
+    args = parser(__doc__).parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
