@@ -171,6 +171,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of minutes, such as 5 or 0.5")
+    return minutes
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
@@ -279,7 +289,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("checkpoint", nargs="?", default="pocket", help="checkpoint folder (default: %(default)s)")
     add("--clips", type=_positive, default=64, metavar="N", help="films of each kind (default: %(default)s, all)")
     add("--chains", type=_count, default=4, metavar="N", help="long chains (default: %(default)s; 0: none)")
-    add("--minutes", type=float, default=5.0, metavar="M", help="length of a chain (default: %(default)s)")
+    add("--minutes", type=_minutes, default=5.0, metavar="M", help="length of a chain (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--out", type=Path, default=None, metavar="FOLDER", help="where sheets and JSON go")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")

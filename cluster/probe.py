@@ -10,6 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import model
 from cluster.paces import find_pace
@@ -19,7 +20,7 @@ from model.errors import CheckpointError
 from pipeline.errors import CheckpointFault, InputFileError, SettingError
 from pipeline.facts import CheckpointFacts, Facts, MediaFacts, load_render_facts
 from pipeline.media_child import Ffmpeg, find_ffmpeg
-from pipeline.media_film import read_recipe
+from pipeline.media_film import check_soundtrack, read_recipe
 from pipeline.media_read import probe
 from pipeline.memory import NetworkSizes
 from pipeline.spec import Storyboard, load_spec, parse_spec
@@ -32,16 +33,32 @@ DIT_FOLDERS = ("dit", "base_model_int8", "roles/*/dit", "roles/*/base_model_int8
 LARGEST_HEADER_BYTES = 1 << 26
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILM_SUFFIXES = (".mp4", ".mov", ".mkv")
+_PATHS = ("image", "video", "soundtrack", "file", "path")
+"""Fields of a storyboard that name files."""
 
 
 def load_storyboard(path: Path) -> Storyboard:
-    """The storyboard in a YAML file, or the one that a film made by longtake carries in its metadata."""
+    """The storyboard in a YAML file, or the one that a film made by longtake carries in its metadata.
+
+    `~` at the beginning of its paths is written out.
+    """
     if path.suffix.lower() not in FILM_SUFFIXES:
-        return load_spec(path)
+        written = load_spec(path).as_written()
+        return parse_spec(json.dumps(with_home(written)), str(path))
     recipe = json.loads(read_recipe(path, find_ffmpeg()))
     if "spec" not in recipe:
         raise InputFileError("carries a recipe of another kind", field=str(path), remedy="Use its storyboard.")
     return parse_spec(json.dumps(recipe["spec"]), str(path))
+
+
+def with_home(data: Any) -> Any:
+    """A storyboard as data, with `~` at the beginning of the paths in it written out."""
+    if isinstance(data, dict):
+        return {
+            key: os.path.expanduser(value) if key in _PATHS and isinstance(value, str) else with_home(value)
+            for key, value in data.items()
+        }
+    return [with_home(value) for value in data] if isinstance(data, list) else data
 
 
 def probe_facts(spec: Storyboard, *, device: str, gpu_type: str | None = None, absent_ok: bool = False) -> Facts:
@@ -135,9 +152,14 @@ def hub_folder(name: str) -> Path:
 def _probe_named(spec: Storyboard, path: str, kind: str, ffmpeg: Ffmpeg) -> MediaFacts:
     """`probe_media`; what it refuses is told with the field of the storyboard that names the file."""
     try:
-        return probe_media(path, kind, ffmpeg)
+        facts = probe_media(path, kind, ffmpeg)
+        if kind == "audio":
+            check_soundtrack(Path(path), spec.output.container, ffmpeg)
+        return facts
     except InputFileError as error:
-        message, field = f"{path} {error.message}", spec.media_field(path)
+        # The same file may be a shot's video; what is wanted of it here is sound.
+        field = "output.soundtrack" if kind == "audio" else spec.media_field(path)
+        message = f"{path} {error.message}"
         raise InputFileError(message, field=field, value=error.value, remedy=error.remedy) from error
 
 

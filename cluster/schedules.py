@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from cluster.probe import with_home
 from cluster.render import STOP_CODES, RenderRequest, render
 from pipeline.cron import parse_cron
 from pipeline.errors import Interrupted, LongtakeError, SettingError
@@ -77,7 +78,7 @@ def add_schedule(
     definition = Definition(
         id=name,
         cron=parse_cron(cron, time_zone),
-        storyboard=with_checkpoint(load_template(film)),
+        storyboard=with_checkpoint(with_home(load_template(film))),
         # A farm, or a clock elsewhere, has another folder to be in.
         renders=open_store(renders).url,
         overlap=overlap,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import ffmpeg as ffmpeg_python
 
@@ -118,10 +118,18 @@ class Child:
     """One running ffmpeg. Use as a context manager: leaving it kills what still runs and reaps it."""
 
     def __init__(
-        self, ffmpeg: Ffmpeg, output: Any, bench: Workbench, *, limit_s: float = LIMIT_S, feeds: bool = False
+        self,
+        ffmpeg: Ffmpeg,
+        output: Any,
+        bench: Workbench,
+        *,
+        limit_s: float = LIMIT_S,
+        feeds: bool = False,
+        level: Literal["error", "info"] = "error",
     ) -> None:
-        """Start what the ffmpeg-python node `output` describes. `feeds`: its stdin is a pipe we write to."""
-        quiet = ("-hide_banner", "-v", "error", "-xerror", "-y", *(() if feeds else ("-nostdin",)))
+        """Start what the ffmpeg-python node `output` describes. `feeds`: its stdin is a pipe we write to.
+        `level`: how much it tells on stderr."""
+        quiet = ("-hide_banner", "-nostats", "-v", level, "-xerror", "-y", *(() if feeds else ("-nostdin",)))
         args = ffmpeg_python.compile(output.global_args(*quiet), cmd=ffmpeg.path)
         self.limit_s = limit_s
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
@@ -201,11 +209,11 @@ class Child:
     def _failed(self, what: str) -> MediaError:
         return MediaError(f"ffmpeg {what}: {self.last_words() or '(it said nothing)'}")
 
-    def last_words(self) -> str:
-        """The last lines of the child's stderr."""
+    def last_words(self, lines: int = _STDERR_LINES) -> str:
+        """The last lines of the child's stderr, at most 8 KiB."""
         end = os.fstat(self._stderr.fileno()).st_size
         tail = os.pread(self._stderr.fileno(), _STDERR_BYTES, max(0, end - _STDERR_BYTES))
-        return "\n".join(tail.decode(errors="replace").strip().splitlines()[-_STDERR_LINES:])
+        return "\n".join(tail.decode(errors="replace").strip().splitlines()[-lines:])
 
 
 def _start(args: Sequence[str], folder: Path, stderr: int, feeds: bool) -> subprocess.Popen[bytes]:

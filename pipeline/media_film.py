@@ -29,7 +29,7 @@ from pipeline.media_encode import (
     stored_packets,
     ticks_per_second,
 )
-from pipeline.media_read import open_input, probe
+from pipeline.media_read import decode_sound, first_cause, open_input, probe
 from pipeline.params import CodecParams
 from pipeline.spec_values import AUDIO_RATE_HZ
 
@@ -137,6 +137,26 @@ def _sound_args(name: str) -> dict[str, Any]:
 def _check_sound(path: Path, ffmpeg: Ffmpeg) -> None:
     if not probe(path, ffmpeg).has_audio:
         raise InputFileError("has no sound", field=str(path), remedy="Name a soundtrack, or leave it out.")
+
+
+def check_soundtrack(path: Path, container: str, ffmpeg: Ffmpeg) -> None:
+    """Whether a film in this container can have the first sound of this file. Raises InputFileError.
+
+    The sound is decoded to its end, and its beginning is made what `concatenate` makes of it.
+    """
+    try:
+        decode_sound(path, ffmpeg)
+    except MediaError as error:
+        what, remedy = "has sound that cannot be decoded", "Make a clean copy of it, or export it again."
+        raise InputFileError(f"{what} ({first_cause(error)})", field=str(path), remedy=remedy) from error
+    try:
+        with workbench() as bench:
+            tried = _sound(bench, path, Fraction(1, 2))
+            args = _sound_args(f"film.{container}")
+            run(ffmpeg, tried.output("pipe:1", format="null", **args), bench)
+    except MediaError as error:
+        what, remedy = "has sound that no film can have", "Mix it down: ffmpeg -i SOUND -ac 2 STEREO.wav"
+        raise InputFileError(f"{what} ({first_cause(error)})", field=str(path), remedy=remedy) from error
 
 
 def _sound(bench: Workbench, path: Path, length_s: Fraction) -> Any:

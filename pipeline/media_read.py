@@ -3,13 +3,15 @@
 A file's format is decided by its first bytes, never by its name; ffmpeg is told that format and may open no
 other file or address. What cannot be used is refused with InputFileError before anything expensive starts.
 
-Frames are uint8 [n,h,w,3] RGB, upright, of square pixels. Times are seconds after the film's first frame.
+Frames are uint8 [n,h,w,3] RGB, upright, of square pixels, whole (not fields), in the standard range of brightness
+and in bt709's primaries where the film is HDR. Times are seconds after the film's first frame.
 """
 
 from __future__ import annotations
 
 import bisect
 import re
+import stat
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -83,6 +85,9 @@ def sniff(path: Path) -> str:
     Raises InputFileError when it cannot be read or is none of the formats taken.
     """
     try:
+        # Opening a pipe that nobody writes to would wait for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _refused(path, "cannot be read: it is a folder, a pipe or a device", "Name a file.")
         with path.open("rb") as file:
             head = file.read(564)
     except OSError as error:
@@ -150,7 +155,7 @@ def probe(path: Path, ffmpeg: Ffmpeg) -> MediaInfo:
             decode_sound(path, ffmpeg)
     except MediaError as error:
         remedy = "Make a clean copy of it, or export it again."
-        raise _refused(path, f"cannot be decoded ({_cause(error)})", remedy) from error
+        raise _refused(path, f"cannot be decoded ({first_cause(error)})", remedy) from error
     by_kind = {stream.head.get("media_type", ""): stream for stream in streams}
     if "video" in by_kind:
         shown, stored = streams[0], streams[1]
@@ -158,7 +163,7 @@ def probe(path: Path, ffmpeg: Ffmpeg) -> MediaInfo:
     return _sound_info(path, by_kind["audio"])
 
 
-def _cause(error: MediaError) -> str:
+def first_cause(error: MediaError) -> str:
     """What ffmpeg complained of first, without the names and addresses of its parts; the rest follows from it."""
     return re.sub(r"\[[^\]]*\] *", "", str(error).partition("\n")[0])
 
@@ -400,23 +405,87 @@ def _decoded(path: Path, info: MediaInfo, wanted: list[int], ffmpeg: Ffmpeg) -> 
     """Each wanted frame with the number of times it is wanted; the child ends after the last of them."""
     if not wanted:
         return
-    shape, repeats = (info.height_px, info.width_px, 3), Counter(wanted)
-    with workbench() as bench, Child(ffmpeg, _decoding(open_input(bench, path), info, wanted), bench) as child:
-        for index in range(wanted[0], wanted[-1] + 1):
-            data = child.read(shape[0] * shape[1] * 3)
-            if len(data) < shape[0] * shape[1] * 3:
-                what = f"ends before its frame {index} ({child.last_words()})"
-                raise _refused(path, what, "Export it again.")
-            if index in repeats:
-                yield np.frombuffer(data, np.uint8).reshape(shape), repeats[index]
-        child.finish()
+    shape, repeats, coding = (info.height_px, info.width_px, 3), Counter(wanted), _first_coding(path, ffmpeg)
+    with workbench() as bench:
+        decoding = _decoding(open_input(bench, path), info, wanted, coding)
+        with Child(ffmpeg, decoding, bench) as child:
+            for index in range(wanted[0], wanted[-1] + 1):
+                data = child.read(shape[0] * shape[1] * 3)
+                if len(data) < shape[0] * shape[1] * 3:
+                    what = f"ends before its frame {index} ({child.last_words()})"
+                    raise _refused(path, what, "Export it again.")
+                if index in repeats:
+                    yield np.frombuffer(data, np.uint8).reshape(shape), repeats[index]
+            child.finish()
 
 
-def _decoding(source: Any, info: MediaInfo, wanted: list[int]) -> Any:
-    frames = source["V:0"].filter("trim", start_frame=wanted[0], end_frame=wanted[-1] + 1)
+@dataclass(frozen=True)
+class _Coding:
+    """What a frame says of itself, in ffmpeg's words; `unknown` where it says nothing."""
+
+    is_interlaced: bool
+    matrix: str
+    primaries: str
+    transfer: str
+
+
+_CODING = re.compile(
+    r" i:([PTB]) .*\] color_range:\S+ color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)", re.DOTALL
+)
+"""In the two lines that ffmpeg's showinfo prints of a frame."""
+
+
+def _first_coding(path: Path, ffmpeg: Ffmpeg) -> _Coding:
+    """How the first frame of a film is coded. Raises InputFileError where ffmpeg does not say."""
+    with workbench() as bench:
+        first = open_input(bench, path)["V:0"].filter("trim", end_frame=1)
+        # Side data may be longer than what is kept of a child's words.
+        told = first.filter("sidedata", mode="delete").filter("showinfo", checksum=0)
+        listing = told.output("pipe:1", format="null", map_metadata=-1)
+        with Child(ffmpeg, listing, bench, level="info") as child:
+            try:
+                child.finish()
+            except MediaError as error:
+                what = f"cannot be decoded ({first_cause(error)})"
+                raise _refused(path, what, "Export it again.") from error
+            found = _CODING.search(child.last_words(100))
+    if found is None:
+        raise _refused(path, "has a first frame of which ffmpeg says nothing", "Export it again.")
+    return _Coding(found[1] != "P", *found.groups()[1:])
+
+
+_HDR = ("smpte2084", "arib-std-b67")
+_HDR_WHITE_NITS = 203
+"""What ITU-R BT.2408 calls white in HDR: faces and paper lie below, lamps and glints above."""
+
+
+def _decoding(source: Any, info: MediaInfo, wanted: list[int], coding: _Coding) -> Any:
+    frames = source["V:0"]
+    if coding.is_interlaced:
+        # Before any frame is left out: a field's gaps are filled from the frames around it.
+        frames = frames.filter("bwdif", mode="send_frame", deint="interlaced")
+    frames = frames.filter("trim", start_frame=wanted[0], end_frame=wanted[-1] + 1)
+    if coding.transfer in _HDR:
+        frames = _to_standard_range(frames, coding)
+    # Players take large films for bt709 where they do not say; ffmpeg takes bt601.
+    is_large = max(info.height_px, info.width_px) >= 1280 or min(info.height_px, info.width_px) >= 720
+    matrix = {"in_color_matrix": "bt709"} if coding.matrix == "unknown" and is_large else {}
     # Not the fast path: rounded the same way on every processor.
-    exact = frames.filter("scale", info.width_px, info.height_px, flags="bicubic+accurate_rnd+full_chroma_int+bitexact")
+    flags = "bicubic+accurate_rnd+full_chroma_int+bitexact"
+    exact = frames.filter("scale", info.width_px, info.height_px, flags=flags, **matrix)
     return exact.filter("format", "rgb24").output("pipe:1", format="rawvideo", fps_mode="passthrough")
+
+
+def _to_standard_range(frames: Any, coding: _Coding) -> Any:
+    """HDR frames as RGB for an ordinary screen: white a little below full, what is brighter pressed into the rest."""
+    said = {
+        "colorspace": "bt2020nc" if coding.matrix == "unknown" else coding.matrix,
+        "color_primaries": "bt2020" if coding.primaries == "unknown" else coding.primaries,
+    }
+    light = frames.filter("setparams", **said).filter("zscale", transfer="linear", npl=_HDR_WHITE_NITS)
+    light = light.filter("format", "gbrpf32le").filter("zscale", primaries="bt709")
+    pressed = light.filter("tonemap", tonemap="mobius", desat=0)
+    return pressed.filter("zscale", transfer="bt709", matrix="gbr", range="full").filter("format", "gbrp")
 
 
 # ------------------------------------------------------------------------------------------------ sizing

@@ -136,6 +136,9 @@ def open_store(url: str | Path) -> Store:
     text = str(url)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme in OBJECT_SCHEMES:
+        if not urlsplit(text).netloc:
+            remedy = f"Write {scheme}://BUCKET/FOLDER."
+            raise SettingError("names no bucket", field="--store", value=text, remedy=remedy)
         from pipeline.object_store import ObjectStore
 
         return ObjectStore(text)

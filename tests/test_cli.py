@@ -21,6 +21,7 @@ from cluster.cli import main
 from cluster.preflight import check_precision
 from cluster.probe import OFFICIAL
 from pipeline.errors import SettingError
+from pipeline.media_child import find_ffmpeg
 from pipeline.spec import Memory
 from tests.tiny_checkpoint import make_checkpoint
 
@@ -288,6 +289,35 @@ def _over_its_sound(checkpoint: Path) -> dict[str, Any]:
     return storyboard(checkpoint, output={"path": "./take.mp4", "soundtrack": "film.mp4"})
 
 
+def _sound_of_ten_channels(checkpoint: Path) -> dict[str, Any]:
+    with wave.open("ten.wav", "wb") as file:
+        file.setparams((10, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(160000))
+    return storyboard(checkpoint, output={"soundtrack": "ten.wav"})
+
+
+def _film(name: str, *sound: str) -> str:
+    picture = ("-f", "lavfi", "-i", "testsrc2=size=64x32:rate=10:duration=2")
+    command = [find_ffmpeg().path, "-v", "error", *picture, *sound, "-c:v", "ffv1", name]
+    subprocess.run(command, check=True, timeout=60)
+    return name
+
+
+def _film_of_damaged_sound(checkpoint: Path) -> dict[str, Any]:
+    noise = ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "aac", "-bsf:a", r"noise=amount=if(gt(n\,50)\,20\,0)")
+    return storyboard(checkpoint, output={"soundtrack": _film("noise.mkv", *noise)})
+
+
+def _silent_film_as_sound_too(checkpoint: Path) -> dict[str, Any]:
+    film = _film("silent.mkv")
+    return storyboard(checkpoint, **_shot(video=film), output={"soundtrack": film})
+
+
+def _pipe() -> str:
+    os.mkfifo("start.png")
+    return "start.png"
+
+
 def _output(**output: Any) -> Case:
     return lambda checkpoint: storyboard(checkpoint, output=output)
 
@@ -300,6 +330,10 @@ BAD_INPUT: dict[str, tuple[Case, list[str]]] = {
     "corrupt image": (_corrupt_image, ["shots[0].image: start.png", "damaged"]),
     "unreadable video": (_unreadable_video, ["shots[0].video: before.mp4", "(ffmpeg exited with"]),
     "missing soundtrack": (lambda c: storyboard(c, output={"soundtrack": "no.wav"}), ["output.soundtrack: no.wav"]),
+    "sound of ten channels": (_sound_of_ten_channels, ["output.soundtrack: ten.wav", "-ac 2"]),
+    "damaged sound of a film": (_film_of_damaged_sound, ["output.soundtrack: noise.mkv", "cannot be decoded"]),
+    "silent film as sound, too": (_silent_film_as_sound_too, ["output.soundtrack: silent.mkv", "is not a sound"]),
+    "pipe as image": (lambda c: storyboard(c, **_shot(image=_pipe())), ["shots[0].image: start.png", "a pipe"]),
     "missing LoRA": (lambda c: storyboard(c, loras=[{"file": "no.safetensors"}]), ["loras[0].file", "no.safetensors"]),
     "damaged LoRA": (_damaged_lora, ["loras[0].file: short.safetensors", "cut short"]),
     "LoRA of other weights": (_foreign_lora, ["loras[0].file: other.safetensors", "blocks.0.attn.proj"]),
@@ -315,6 +349,7 @@ BAD_INPUT: dict[str, tuple[Case, list[str]]] = {
     "output is an input": (_over_its_sound, ["output.path", "take.mp4", "is made from"]),
     "unwritable store": (lambda c: storyboard(c), ["--store", "film.yaml/render"]),
     "store where no folder can be": (lambda c: storyboard(c), ["--store: no folder", "/proc/render"]),
+    "store without a bucket": (lambda c: storyboard(c), ["--store: names no bucket", "s3://BUCKET/FOLDER"]),
     "unknown shot": (lambda c: storyboard(c), ["--shots", "two", "one"]),
 }
 
@@ -335,6 +370,7 @@ def test_bad_input_fails_before_rendering_with_one_clear_message(
         "unknown shot": ["--shots", "two"],
         "unwritable store": ["--store", "film.yaml/render"],
         "store where no folder can be": ["--store", "/proc/render"],
+        "store without a bucket": ["--store", "s3://"],
     }
     assert main(["render", "film.yaml", *options.get(name, [])]) == 2
     captured = capsys.readouterr()
@@ -344,6 +380,25 @@ def test_bad_input_fails_before_rendering_with_one_clear_message(
         assert word in captured.err, captured.err
     assert all(line.startswith("  ") for line in captured.err.splitlines()[1:]), "one message, and its list"
     assert not list(here.glob("renders/*/attempts")), "nothing may have run"
+
+
+def test_paths_may_begin_in_the_home_folder(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "home").mkdir()
+    Path(_picture()).rename("home/start.png")
+    written = storyboard(tiny_checkpoint, **_shot(image="~/start.png"), output={"path": "~/films/out.mp4"})
+    assert main(["plan", write(written)]) == 0
+    assert f"-> {here}/home/films/out.mp4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0", "-1", "two"])
+def test_chains_of_no_length_are_refused(capsys: pytest.CaptureFixture[str], minutes: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", f"--minutes={minutes}"])
+    assert caught.value.code == 2
+    assert f"{minutes} is no number of minutes" in capsys.readouterr().err
 
 
 def test_a_missing_ffmpeg_is_a_setting_error(

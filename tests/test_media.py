@@ -248,6 +248,13 @@ def test_a_film_cut_short_is_refused(ff: media.Ffmpeg, tmp_path: Path, container
         media.probe(tmp_path / "short", ff)
 
 
+def test_a_pipe_and_a_device_are_refused_and_not_waited_for(ff: media.Ffmpeg, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", Path("/dev/zero")):
+        with pytest.raises(InputFileError, match="a pipe or a device"):
+            media.probe(path, ff)
+
+
 def test_sound_that_cannot_be_decoded_is_refused(ff: media.Ffmpeg, tmp_path: Path) -> None:
     raw_ffmpeg(ff, "-i", write_click(tmp_path / "a.wav", 0.1, 2), "-c:a", "aac", tmp_path / "a.m4a")
     assert media.probe(tmp_path / "a.m4a", ff).codec == "aac"
@@ -323,6 +330,72 @@ def test_a_film_of_wide_pixels_is_read_as_it_is_shown(
     monkeypatch.setattr("pipeline.media_read.LARGEST_PICTURE_PX", 1536 * 64 - 1)
     with pytest.raises(InputFileError, match="too large"):
         media.probe(odd, ff)
+
+
+def write_patches(path: Path, colours: list[tuple[int, int, int]], ff: media.Ffmpeg, filters: str) -> Path:
+    """Three frames, 720 lines high, of patches 32 pixels wide: RGB through `filters`, without loss."""
+    picture = np.array(colours, np.uint8).repeat(32, axis=0)[None].repeat(720, axis=0)
+    Image.fromarray(picture).save(path.with_suffix(".png"))
+    still = ("-loop", 1, "-i", path.with_suffix(".png"), "-frames:v", 3)
+    raw_ffmpeg(ff, *still, "-vf", filters, "-c:v", "ffv1", path)
+    return path
+
+
+def patches(film: Path, ff: media.Ffmpeg) -> np.ndarray:
+    """The patches of a film's first frame, [n,3]."""
+    (frames,) = media.read_video_at(film, [Fraction(0)], ff)
+    return frames[0, 360, 16::32].astype(int)
+
+
+@pytest.mark.parametrize("transfer", ["arib-std-b67", "smpte2084"])
+def test_a_film_in_hdr_is_read_as_an_ordinary_screen_shows_it(
+    ff: media.Ffmpeg, tmp_path: Path, transfer: str
+) -> None:
+    dark = [(0, 0, 0), (60, 60, 60), (120, 120, 120), (110, 80, 60), (120, 20, 20), (20, 120, 20), (20, 20, 120)]
+    light = [(180, 180, 180), (255, 255, 255)]
+    colours = f"tin=bt709:pin=bt709:min=gbr:rin=full:t={transfer}:p=bt2020:m=2020_ncl:r=limited:npl=203"
+    filters = f"format=gbrp,zscale={colours},format=yuv444p10le"
+    film = write_patches(tmp_path / "a.mkv", [*dark, *light], ff, filters)
+    shown = patches(film, ff)
+    np.testing.assert_allclose(shown[: len(dark)], dark, atol=4)
+    assert 150 < shown[-2].min() <= shown[-2].max() < 200 < shown[-1].min() <= shown[-1].max() < 230
+    assert (patches(film, ff) == shown).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "height", "matrix"),
+    [("unknown", 720, "bt709"), ("smpte170m", 720, "bt601"), ("bt709", 720, "bt709"), ("unknown", 64, "bt601")],
+)
+def test_a_large_film_that_does_not_say_its_colours_is_taken_for_bt709(
+    ff: media.Ffmpeg, tmp_path: Path, said: str, height: int, matrix: str
+) -> None:
+    colours = [(200, 40, 40), (40, 200, 40), (40, 40, 200)] * 8
+    coded = f"crop=h={height},scale=out_color_matrix={matrix}:out_range=tv,format=yuv444p"
+    filters = f"{coded},setparams=colorspace={said}:range=tv"
+    film = write_patches(tmp_path / "a.mkv", colours, ff, filters)
+    (frames,) = media.read_video_at(film, [Fraction(0)], ff)
+    np.testing.assert_allclose(frames[0, 32, 16::32], colours, atol=3)
+
+
+@pytest.mark.parametrize("first", ["tff", "bff"])
+def test_an_interlaced_film_is_read_as_whole_frames(ff: media.Ffmpeg, tmp_path: Path, first: str) -> None:
+    """A bar that moves by 16 pixels from field to field stands in one place in each frame that is read."""
+    fields = np.zeros((24, 64, 480, 3), np.uint8)
+    for index, field in enumerate(fields):
+        field[:, 16 * index : 16 * index + 32] = 220
+    plain = encode(tmp_path / "a.mkv", fields, ff, params("ffv1", "mkv"), Fraction(50)).path
+    woven = f"tinterlace=mode=interleave_{'top' if first == 'tff' else 'bottom'},setfield={first}"
+    raw_ffmpeg(ff, "-i", plain, "-vf", woven, "-c:v", "ffv1", "-flags", "+ildct+ilme", tmp_path / "b.mkv")
+    info = media.probe(tmp_path / "b.mkv", ff)
+    assert (info.frame_count, info.fps) == (12, Fraction(25))
+    frames = np.concatenate(list(media.read_video_at(tmp_path / "b.mkv", info.times_s, ff, info=info)))
+    assert len(frames) == 12
+    for index, frame in enumerate(frames):
+        lit = frame[8:56, :, 1].mean(axis=0)
+        assert lit[32 * index + 4 : 32 * index + 28].min() > 180, "the frame stands where its first field does"
+        assert lit[32 * index + 34 :].max(initial=0) < 40, "nothing of its second field is in it"
+    part = np.concatenate(list(media.read_video_at(tmp_path / "b.mkv", info.times_s[5:7], ff, info=info)))
+    assert (part == frames[5:7]).all()
 
 
 # -------------------------------------------------------------------------------------------- pictures

@@ -142,7 +142,8 @@ def test_files_are_those_of_the_folder_in_which_it_was_added(
 ) -> None:
     here = Path.cwd()
     shot = {"duration": "2s", "prompt": "a ${colour} circle", "image": "${colour}.png"}
-    film = {"checkpoint": "weights", "shots": [shot], "output": {"path": "out.mp4", "soundtrack": "wind.wav"}}
+    film = {"checkpoint": "weights", "shots": [shot], "output": {"path": "out.mp4", "soundtrack": "~/wind.wav"}}
+    monkeypatch.setenv("HOME", str(here))
     Path("film.yaml").write_text(yaml.safe_dump(film))
     Path("weights").mkdir()
     places = ["--schedules", str(here / "schedules"), "--renders", str(here / "renders")]
