@@ -18,7 +18,7 @@ from pipeline.records import unseal
 from tests.test_render_film import digest, finish, render, start, storyboard, wait_for
 from tests.tiny_checkpoint import make_checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
