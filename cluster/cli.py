@@ -150,13 +150,21 @@ def _gpu_type(text: str) -> str:
 
 
 def _gigabytes(text: str) -> float:
+    return _above_zero(text, "size of a card in GB, such as 24")
+
+
+def _minutes(text: str) -> float:
+    return _above_zero(text, "number of minutes, such as 5 or 0.5")
+
+
+def _above_zero(text: str, wanted: str) -> float:
     try:
-        size = float(text)
+        number = float(text)
     except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no size of a card in GB, such as 24")
-    return size
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no {wanted}")
+    return number
 
 
 def _seconds(text: str) -> float:
@@ -169,16 +177,6 @@ def _seconds(text: str) -> float:
     if seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text} is no time at all")
     return seconds
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of minutes, such as 5 or 0.5")
-    return minutes
 
 
 def _positive(text: str) -> int:
