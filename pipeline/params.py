@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from pipeline.facts import Attention, ScheduleName
 from pipeline.tasks import canonical_json
@@ -113,6 +113,11 @@ class TextParams(TypedDict):
     prompt: str
 
 
+FILM_READER = 2
+"""Raised when `pipeline.media_read` gives other frames of the same film than before: 2 since HDR, interlaced, untagged
+and anamorphic films are read as players show them."""
+
+
 class SourceParams(TypedDict):
     """Make condition frames ready: uint8 [n, height_px, width_px, 3]. Role `media`.
 
@@ -134,6 +139,8 @@ class SourceParams(TypedDict):
     """Digest of the checkpoint whose VAE decodes; only for `shot`."""
     height_px: int
     width_px: int
+    reader: NotRequired[int]
+    """FILM_READER; only for `video`."""
 
 
 class SegmentParams(TypedDict):

@@ -20,6 +20,7 @@ from pipeline.errors import SettingError
 from pipeline.facts import Attention, Facts, LoraChoice, MediaFacts, QualityFacts, ShotLock
 from pipeline.locks import LOCKABLE, order_digest
 from pipeline.params import (
+    FILM_READER,
     LatentsParams,
     LoraParams,
     MediaParams,
@@ -346,6 +347,8 @@ def _add_source(
         "height_px": size.height_px,
         "width_px": size.width_px,
     }
+    if shot.video:
+        params["reader"] = FILM_READER
     name = "refined source" if refined else "source"
     return studio.tasks.add(
         "source", "media", params, label=f"{take.id}/{name}", shot_id=take.id, priority=-1

@@ -456,6 +456,18 @@ def test_an_image_shot_is_refined_with_the_full_size_image() -> None:
     assert named(planned, "a/window/1").params["condition"] is None
 
 
+def test_films_that_are_read_otherwise_than_before_are_read_again_and_nothing_else_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shots = shot("2s", video="v.mp4", id="a"), shot("2s", image="a.png", id="b")
+    before = plan(*shots)
+    monkeypatch.setattr("pipeline.plan_tasks.FILM_READER", 99)
+    after = plan(*shots)
+    assert named(before, "a/source").id != named(after, "a/source").id
+    for label in ("b/source", "b/segment/0"):
+        assert named(before, label).id == named(after, label).id
+
+
 def test_a_continued_video_is_read_by_time_and_not_shown() -> None:
     planned = plan(shot("8s", video="v.mp4", id="a"))
     source, refined = named(planned, "a/source"), named(planned, "a/refined source")
