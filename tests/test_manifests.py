@@ -432,6 +432,17 @@ def test_the_image_holds_every_room_and_runs_as_nobody_special(
     assert ("whl/cpu" in text) == bool(flags)
 
 
+TRITON_OF_TORCH = {"2.13.0": "3.7.1"}
+"""What PyPI's wheels for Linux say they require; the wheels for CPUs, which the checks run with, require none."""
+
+
+def test_the_pinned_triton_is_the_one_that_torch_for_cuda_asks_for() -> None:
+    """With any other pip finds no solution: neither for the image nor for `make demo` on a machine with a GPU."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert TRITON_OF_TORCH[pins["torch"]] == pins["triton"]
+
+
 # All of them
 
 
