@@ -30,6 +30,7 @@ from model import errors as model_errors
 from pipeline.errors import (
     CheckpointFault,
     CorruptArtifact,
+    DeviceError,
     Interrupted,
     MediaError,
     OutOfMemory,
@@ -108,6 +109,9 @@ def mapped_errors() -> Iterator[None]:
         raise OutOfMemory(f"{error} {CARD_REMEDY}") from error
     except MemoryError as error:
         raise OutOfMemory(str(error)) from error
+    except RuntimeError as error:
+        # What torch, Triton, cuBLAS, cuDNN and NCCL raise.
+        raise DeviceError(f"{type(error).__name__}: {error}") from error
     except (OSError, MediaError) as error:
         if not is_full(error):
             raise

@@ -10,7 +10,8 @@
     ├── TransientError       may pass: retried within its budget
     │   ├── StoreError       the store answered with an error or not in time
     │   ├── MediaError       ffmpeg failed, hung or wrote a short file
-    │   └── OutOfMemory      host or device memory ran out
+    │   ├── OutOfMemory      host or device memory ran out
+    │   └── DeviceError      a GPU, or a library that computes on it, failed
     ├── LostError            the machine under the task is gone: retried, not charged
     │   ├── WorkerLost
     │   └── LeaseLost        another orchestrator holds the render now
@@ -91,6 +92,12 @@ class MediaError(TransientError):
 
 class OutOfMemory(TransientError):
     """Host or device memory ran out."""
+
+
+class DeviceError(TransientError):
+    """A GPU, or a library that computes on it, failed. The process may be of no use any more: after a CUDA error every
+    later call in it fails alike.
+    """
 
 
 class LostError(LongtakeError):

@@ -38,6 +38,7 @@ _FAULT_KINDS: tuple[tuple[type[BaseException], FaultKind], ...] = (
     (errors.CorruptArtifact, "corrupt"),
     (errors.StoreError, "store"),
     (errors.OutOfMemory, "memory"),
+    (errors.DeviceError, "device"),
     (errors.TransientError, "transient"),
     (errors.LostError, "lost"),
     (errors.QualityError, "quality"),

@@ -19,6 +19,7 @@ FaultKind = Literal[
     "user",
     "transient",
     "memory",
+    "device",
     "store",
     "full",
     "lost",
@@ -34,6 +35,7 @@ FaultKind = Literal[
     user         a person has to change something; never retried
     transient    charged to the task's budget
     memory       host or device memory ran out; charged, and the worker's process is recycled
+    device       a GPU, or a library on it, failed; charged, and the worker's process is recycled
     store        the store does not answer; waited out, not charged
     full         no space left; the render ends, everything committed is kept
     lost         the node is gone or was taken away; not charged
@@ -44,6 +46,8 @@ FaultKind = Literal[
     quality      the gate refused the output
     permanent    cannot pass by itself
 """
+CHARGED: tuple[FaultKind, ...] = ("transient", "memory", "device", "stalled")
+"""What counts against a task's budget of retries."""
 
 
 @dataclass(frozen=True)
@@ -275,11 +279,11 @@ class TaskLog:
         if self.open == (entry.attempt, entry.epoch):
             self.open = None
         self.last_failure = entry
-        if entry.kind in ("transient", "memory", "stalled"):
+        if entry.kind in CHARGED:
             self.transient += 1
         if entry.kind == "quality":
             self.quality += 1
-        if entry.kind in ("transient", "memory", "stalled", "died") and entry.node_id:
+        if entry.kind in (*CHARGED, "died") and entry.node_id:
             self.failed_nodes = (*self.failed_nodes, entry.node_id)
         if entry.kind == "lost":
             self.deaths = max(0, self.deaths - 1)

@@ -59,6 +59,7 @@ from pipeline.facts import Overrides
 from pipeline.farm import Needs
 from pipeline.graph import TaskGraph
 from pipeline.journal import (
+    CHARGED,
     AttemptFailed,
     AttemptStarted,
     FaultKind,
@@ -387,8 +388,9 @@ class Machine:
             self._ignore(event)
             return
         self._save_partial(job, event.partial, event.steps)
-        if event.fault.kind == "memory":
-            # What the process still holds is likely to be what it lacked: only a fresh one has all of it.
+        if event.fault.kind in ("memory", "device"):
+            # What the process still holds is likely to be what it lacked, and a CUDA error stays with its process:
+            # only a fresh one can do better.
             self._recycle(event.worker_id, f"{event.task_id}: {event.fault.message}", event.fault)
             return
         self._crew.release(event.task_id)
@@ -455,7 +457,7 @@ class Machine:
         if fault.kind == "corrupt" and not bad_task_id:
             fault = Fault("transient", fault.message, fault.log_tail)
         self._write(AttemptFailed(task_id, attempt, self.epoch, fault.kind, fault.message, node_id, fault.log_tail))
-        if fault.kind in ("transient", "memory", "stalled", "died"):
+        if fault.kind in (*CHARGED, "died"):
             self._charge_node(node_id)
         if fault.kind == "corrupt":
             self._on_corrupt(task_id, attempt, bad_task_id, fault)
@@ -471,7 +473,7 @@ class Machine:
             self._redo(task_id, fault)
             return
         charged = self._log(task_id).transient
-        pause_s = RETRY_PAUSE_S * 2**charged if fault.kind in ("transient", "memory", "stalled") else 0.0
+        pause_s = RETRY_PAUSE_S * 2**charged if fault.kind in CHARGED else 0.0
         self._not_before_s[task_id] = self._clock_s + pause_s
         self._graph.give_back(task_id)
 

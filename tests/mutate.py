@@ -118,7 +118,7 @@ MUTATIONS = [
              "        if part.is_source or before % temporal or last % temporal:\n", "        if True:\n",
              "test_actors.py::test_segments_hand_their_last_latents_forward_and_the_frame_before_them"),
     Mutation("CUDA out of memory", "pipeline/machine.py",
-             '        if event.fault.kind == "memory":\n', "        if False:\n",
+             'event.fault.kind in ("memory", "device")', 'event.fault.kind == "device"',
              "test_machine.py::test_a_worker_that_ran_out_of_memory_is_replaced_and_its_task_charged"),
     Mutation("storyboard changed", "pipeline/tasks.py",
              '"params": params, "inputs": inputs}', '"inputs": inputs}',

@@ -32,6 +32,7 @@ from model.vae import VAE
 from pipeline.errors import (
     CheckpointFault,
     CorruptArtifact,
+    DeviceError,
     Interrupted,
     OutOfMemory,
     QualityError,
@@ -300,6 +301,9 @@ def test_a_segment_that_shows_one_flat_colour_is_refused(studio: Studio, monkeyp
         (model_errors.NumericsError("x"), QualityError),
         (torch.OutOfMemoryError("x"), OutOfMemory),
         (MemoryError(), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), DeviceError),
+        (torch.distributed.DistBackendError("NCCL error"), DeviceError),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), DeviceError),
     ],
 )
 def test_model_errors_become_pipeline_errors(raised: Exception, mapped: type[Exception]) -> None:

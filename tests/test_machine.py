@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from pipeline.errors import (
+    DeviceError,
     Interrupted,
     LeaseLost,
     MediaError,
@@ -529,6 +530,20 @@ def test_a_worker_that_ran_out_of_memory_is_replaced_and_its_task_charged() -> N
     assert studio.running["prompt"][1].attempt == 2
 
 
+def test_a_worker_whose_gpu_failed_is_replaced_before_it_fails_at_everything_else() -> None:
+    studio = alone_with_the_prompt()
+    studio.fails("prompt", fault_of(DeviceError("AcceleratorError: CUDA error: an illegal memory access")))
+    (recycled,) = studio.of(RecycleWorker)
+    assert "illegal memory access" in recycled.reason
+    assert [entry.kind for entry in studio.failures()] == ["device"]
+    assert studio.state().logs[studio.id_of("prompt")].transient == 1
+    studio.wait(60)
+    assert not studio.running, "nothing is sent to a process that cannot compute any more"
+    studio.join("w2")
+    studio.wait(10)
+    assert studio.running["prompt"][1].attempt == 2
+
+
 def test_what_was_charged_is_remembered_by_the_next_run() -> None:
     state = LedgerState()
     for epoch in range(1, 5):
@@ -980,6 +995,7 @@ def test_faults_of_exceptions() -> None:
         "store": StoreError("x"),
         "transient": MediaError("x"),
         "memory": OutOfMemory("x"),
+        "device": DeviceError("x"),
         "lost": WorkerLostError("x"),
         "quality": QualityError("x"),
         "interrupted": Interrupted(),

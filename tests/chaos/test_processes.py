@@ -134,6 +134,17 @@ def test_cuda_out_of_memory_recycles_the_worker_and_is_tried_again(stage: Stage)
     stage.check()
 
 
+def test_a_cuda_error_costs_the_process_in_which_every_later_call_fails_and_one_attempt(stage: Stage) -> None:
+    stage.faults({"point": "predict", "match": "one/segment/0", "do": "cuda"})
+    run = stage.render("--workers", "1")
+    (recycled,) = [e for e in run.events if e["event"] == "worker_recycled"]
+    assert "CUDA error" in recycled["reason"]
+    assert len({e["process"] for e in run.events if e["event"] == "worker_joined"}) == 2, "a fresh process"
+    assert [entry.kind for entry in stage.failures("one/segment/0")] == ["device"]
+    assert stage.tried_again() == {"one/segment/0"}
+    stage.check()
+
+
 def test_output_that_is_no_number_is_made_again_with_a_recorded_seed(stage: Stage, fault_free: FaultFree) -> None:
     stage.faults({"point": "predict", "match": "two/segment/0", "do": "nan"})
     stage.render("--workers", "1")

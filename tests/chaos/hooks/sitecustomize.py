@@ -12,8 +12,8 @@ The environment variable CHAOS names a folder with `faults.json`, read anew at e
 Points: `role` (a worker is to take a role, which is the label), `order` (a worker begins), `predict` (the network
 has answered), `step` (a denoising step is done), `written` (the artifact is in the store, the answer not sent),
 `commit` and `committed` (in the orchestrator, before and after the record). What can be done: kill, hold (until the
-file `release` is there), until_stopped (hold until the worker is asked to stop), sleep, oom, nan, spoil, swell (take
-memory until killed).
+file `release` is there), until_stopped (hold until the worker is asked to stop), sleep, oom, cuda (from now on every
+answer of the network in this process is a CUDA error), nan, spoil, swell (take memory until killed).
 
 Each orchestrator leaves a file `orchestrator-<process>` with the id of its node.
 """
@@ -44,6 +44,10 @@ LABEL = "CHAOS_LABEL"
 """The environment variable that says what a process works on: Ray sends a worker's class with these functions by value,
 so a variable of this module would be another one there.
 """
+
+
+BROKEN = "CHAOS_BROKEN"
+"""The environment variable of a process whose CUDA context is lost."""
 
 
 def settings() -> dict:
@@ -94,6 +98,8 @@ def act(fault: dict, label: str, latents, stop) -> None:
             import torch
 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (simulated)")
+        case "cuda":
+            os.environ[BROKEN] = "1"
         case "swell":
             swell(fault["most_bytes"])
 
@@ -153,6 +159,10 @@ def in_sampling(module: types.ModuleType) -> None:
     def wrapped(*arguments):
         prediction = predict(*arguments)
         reach("predict", os.environ.get(LABEL, ""), prediction)
+        if BROKEN in os.environ:
+            import torch
+
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered (simulated)")
         return prediction
 
     module._predict = wrapped
