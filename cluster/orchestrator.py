@@ -57,7 +57,9 @@ FATE_LOOK_S, FATE_LIMIT_S = 0.5, 30.0
 START_LIMIT_S = 300.0
 DISMISS_LIMIT_S = 2.0
 FAILED_STARTS = 5
-"""Workers that die while starting, in a row, before the render is given up."""
+"""How often in a row one worker may fail to start before the render is given up, if no other worker is there."""
+MOST_PAUSE_S = 300.0
+"""Between two starts of a worker that fails again and again while others are at work."""
 
 
 @dataclass
@@ -67,6 +69,9 @@ class Member:
     worker_id: str
     door: Door
     host: str = ""
+    """Where it is, once it has greeted."""
+    failures: int = 0
+    """How often in a row it, or those before it in its place, did not start or did not take a role."""
 
 
 @dataclass
@@ -110,7 +115,6 @@ class Orchestrator:
         self._memory = job.recipe.spec.memory
         self._recorded = False
         self._started = 0
-        self._failed_starts = 0
         self._replan_wanted = False
         self._finish: ev.Finish | None = None
         self._outcome: Outcome | None = None
@@ -282,11 +286,14 @@ class Orchestrator:
         if worker_id in self._members:
             self._spawn(work(self._members[worker_id]))
 
-    async def _start_worker(self, size: int) -> None:
-        """Start one worker of `size` processes, compare their numerics with the render's, and let it join."""
+    async def _start_worker(self, size: int, failures: int = 0) -> None:
+        """Start one worker of `size` processes, compare their numerics with the render's, and let it join. After
+        `failures` in a row in its place it gets time: its GPU may be broken.
+        """
+        await asyncio.sleep(min(2.0**failures, MOST_PAUSE_S) if failures else 0.0)
         self._started += 1
         worker_id = f"w{self._started}"
-        member = Member(worker_id, Door(self._job.settings, self._job.placement, size))
+        member = Member(worker_id, Door(self._job.settings, self._job.placement, size), failures=failures)
         self._members[worker_id] = member
         try:
             greetings = await asyncio.wait_for(member.door.greet(), START_LIMIT_S)
@@ -295,12 +302,14 @@ class Orchestrator:
             return
         except RAY_LOSSES as error:
             if worker_id in self._members:
-                await self._start_again(worker_id, size, error)
+                await self._start_again(member, first_line(error))
             return
-        if isinstance(greetings, Failed):
+        if not isinstance(greetings, Failed):
+            await self._welcome(member, greetings)
+        elif greetings.fault.kind == "user":
             self._put(ev.LedgerFailed(time.monotonic(), greetings.fault))
         else:
-            await self._welcome(member, greetings)
+            await self._start_again(member, greetings.fault.message)
 
     async def _welcome(self, member: Member, greetings: tuple[Greeting, ...]) -> None:
         first = greetings[0]
@@ -309,7 +318,6 @@ class Orchestrator:
         except LongtakeError as error:
             self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
             return
-        self._failed_starts = 0
         member.host = first.host
         for difference in sorted(mixed):
             self._story.tell("note", message=f"mixed numerics: {difference}", warning=True)
@@ -334,24 +342,26 @@ class Orchestrator:
         self._story.tell("note", message=reason, warning=True)
         await self._start_worker(size)
 
-    async def _start_again(self, worker_id: str, size: int, error: BaseException) -> None:
-        self._dismiss(worker_id)
-        self._failed_starts += 1
-        reason = f"a worker did not start: {first_line(error)}"
-        if self._failed_starts >= FAILED_STARTS:
+    async def _start_again(self, member: Member, why: str) -> None:
+        """Of eight GPUs one may be broken: as long as others compute, that ends no render."""
+        self._dismiss(member.worker_id)
+        failures, size, reason = member.failures + 1, member.door.size, f"a worker did not start: {why}"
+        has_company = any(other.host and other.door.size >= size for other in self._members.values())
+        if failures >= FAILED_STARTS and not has_company:
             self._put(ev.LedgerFailed(time.monotonic(), ev.Fault("permanent", reason)))
             return
         self._story.tell("note", message=reason, warning=True)
-        await asyncio.sleep(2.0**self._failed_starts)
-        await self._start_worker(size)
+        await self._start_worker(size, failures)
 
     async def _assign(self, member: Member, role: Role) -> None:
         self._story.tell("role", worker=member.worker_id, role=role)
         answer = await self._ask(member, member.door.assume(role, self._weights.get(role), self._memory))
         if isinstance(answer, Failed):
             # The machine has a worker replaced that could not take its role.
+            member.failures += 1
             self._put(ev.RoleFailed(time.monotonic(), member.worker_id, role, answer.fault))
         elif answer is not None:
+            member.failures = 0
             self._story.tell("ready", worker=member.worker_id, role=role)
             self._put(ev.WorkerReady(time.monotonic(), member.worker_id, role))
 
@@ -415,7 +425,7 @@ class Orchestrator:
     def _replace(self, worker_id: str) -> None:
         member = self._dismiss(worker_id)
         if member is not None:
-            self._spawn(self._start_worker(member.door.size))
+            self._spawn(self._start_worker(member.door.size, member.failures))
 
     def _dismiss(self, worker_id: str) -> Member | None:
         """End a worker's processes; whatever they still answer is ignored. None if it has been ended before."""

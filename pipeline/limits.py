@@ -24,7 +24,9 @@ class Budgets:
     node: int = 3
     """Failures in a row on a node before it is avoided."""
     loads: int = 5
-    """Failures in a row to load a role before the render is given up."""
+    """Failures in a row to load a role before the render is given up: one that nobody has loaded yet, or with no other
+    worker at work.
+    """
 
 
 @dataclass(frozen=True)

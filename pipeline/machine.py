@@ -142,6 +142,8 @@ class Machine:
         self._not_before_s: dict[str, float] = {}
         self._failures: dict[str, Fault] = {}
         self._load_failures = 0
+        self._loaded: set[Role] = set()
+        """Roles that some worker has loaded in this run."""
         self._outage: _Outage | None = None
         self._ending: _Ending | None = None
         self._finished = False
@@ -241,7 +243,7 @@ class Machine:
             since_s = worker.loading_since_s
             if since_s is not None and self._clock_s - since_s > self._timeouts.load_s:
                 self._recycle(worker.worker_id, f"role {worker.role} not loaded in {self._timeouts.load_s:.0f} s")
-                self._charge_load(Fault("stalled", f"role {worker.role} was not loaded in time"), worker.node_id)
+                self._charge_load(worker, Fault("stalled", f"role {worker.role} was not loaded in time"))
         self._save_on_draining_nodes()
         self._refresh()
         if self._deadline_s is not None and self._clock_s >= self._deadline_s and self._ending is None:
@@ -275,6 +277,7 @@ class Machine:
         if worker is not None and worker.role == event.role and worker.loading_since_s is not None:
             worker.loading_since_s = None
             self._load_failures = 0
+            self._loaded.add(event.role)
 
     def _on_role_failed(self, event: RoleFailed) -> None:
         worker = self._crew.workers.get(event.worker_id)
@@ -284,16 +287,19 @@ class Machine:
             worker.loading_since_s, worker.role = None, None
             return
         self._recycle(worker.worker_id, f"role {event.role} failed: {event.fault.message}")
-        self._charge_load(event.fault, worker.node_id)
+        self._charge_load(worker, event.fault)
 
-    def _charge_load(self, fault: Fault, node_id: str) -> None:
+    def _charge_load(self, worker: Worker, fault: Fault) -> None:
+        """A role that was loaded before can be loaded: what fails then is one worker's GPU, and there may be others."""
         self._load_failures += 1
-        self._charge_node(node_id)
+        self._charge_node(worker.node_id)
         final = fault.kind in ("user", "permanent", "full", "corrupt")
-        if final or self._load_failures >= self._budgets.loads:
+        has_company = any(other.role and other.loading_since_s is None for other in self._crew.workers.values())
+        is_alone_in_it = worker.role in self._loaded and has_company
+        if final or (self._load_failures >= self._budgets.loads and not is_alone_in_it):
             self._end(fault.exit_code, f"workers cannot be made ready: {fault.message}")
         else:
-            self._note(f"a worker on {node_id} could not be made ready: {fault.message}", warning=True)
+            self._note(f"a worker on {worker.node_id} could not be made ready: {fault.message}", warning=True)
 
     def _on_lost(self, event: WorkerLost) -> None:
         worker = self._crew.remove(event.worker_id)
@@ -302,7 +308,7 @@ class Machine:
         kind: FaultKind = "lost" if event.node_lost or self._crew.is_draining(worker.node_id) else "died"
         self._note(f"worker {worker.worker_id} on {worker.node_id} lost: {event.reason}", warning=True)
         if worker.loading_since_s is not None and kind == "died":
-            self._charge_load(Fault("died", event.reason), worker.node_id)
+            self._charge_load(worker, Fault("died", event.reason))
         job = self._job_of(worker)
         if job is not None:
             self._end_attempt(job, Fault(kind, event.reason))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cluster.door import Door
-from cluster.job import Failed, Greeting, RenderJob, WorkerSettings
+from cluster.job import Failed, Greeting, Outcome, RenderJob, WorkerSettings
 from cluster.orchestrator import Member, Orchestrator, Story, fate_of, lost_worker
 from cluster.placement import place_workers
 from cluster.places import default_store
@@ -344,6 +344,52 @@ def test_a_render_that_is_refused_leaves_the_recipe_and_the_report_of_what_was_r
     assert load_recipe(store) == written and store.read("report.json") == before
     assert "cannot be read" in render(changed, allow_mixed=True)
     assert load_recipe(store) == changed and store.read("report.json") != before
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_gpu_on_which_no_worker_starts_ends_a_render_only_if_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool
+) -> None:
+    monkeypatch.setattr("cluster.orchestrator.DRAIN_S", 1e9)
+    monkeypatch.setattr("cluster.orchestrator.draining_nodes", dict)
+    monkeypatch.setattr("cluster.orchestrator.MOST_PAUSE_S", 0.01)
+    place = place_workers({"CPU": 2.0}, device="cpu", workers=2, threads=None, useful=2)
+    broken = Failed(Fault("transient", "RuntimeError: CUDA unknown error"))
+    made: list[Worker] = []
+
+    class Worker:
+        size, node_id, broken = 1, "n1", ""
+
+        def __init__(self, *about: object) -> None:
+            made.append(self)
+            self.good = others and len(made) == 1
+
+        async def greet(self) -> tuple[Greeting, ...] | Failed:
+            return (Greeting("n1", "host", 1, {"torch": "1"}),) if self.good else broken
+
+        async def assume(self, *about: object) -> None:
+            await asyncio.sleep(1e9)
+
+        async def dismiss(self) -> None:
+            pass
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr("cluster.orchestrator.Door", Worker)
+    settings = WorkerSettings(str(tmp_path), "/somewhere", "cpu", "float32", 1, None, 1, "/tmp")
+    orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), place, settings))
+
+    async def render() -> Outcome:
+        running = asyncio.create_task(orchestrator.run())
+        while not running.done() and len(made) < 20:
+            await asyncio.sleep(0.01)
+        await orchestrator.stop(75)
+        return await running
+
+    outcome = asyncio.run(render())
+    assert (outcome.exit_code, len(made) >= 20) == ((75, True) if others else (1, False))
+    assert ("CUDA unknown error" in outcome.message) is not others
 
 
 def test_an_error_is_told_in_one_line() -> None:

@@ -700,6 +700,23 @@ def test_a_role_that_does_not_load_is_tried_on_another_worker_and_then_given_up(
     assert loading.of(RecycleWorker)[0].worker_id == "w1"
 
 
+def test_a_gpu_on_which_nothing_loads_ends_no_render_as_long_as_others_compute() -> None:
+    studio = Studio(film(chains=3))
+    studio.join("good")
+    studio.done("prompt", "empty")
+    assert studio.roles[-1] == ("good", "chain")
+    studio.auto_ready = False
+    broken = Fault("device", "CUDA error: uncorrectable ECC error")
+    for number in range(20):
+        studio.join(f"bad{number}")
+        assert studio.roles[-1] == (f"bad{number}", "chain")
+        studio.feed(RoleFailed(0.0, f"bad{number}", "chain", broken))
+    assert len(studio.of(RecycleWorker)) == 20 and not studio.of(Finish)
+    studio.join("bad")
+    studio.feed(WorkerLost(0.0, "good", "its node died", node_lost=True), RoleFailed(0.0, "bad", "chain", broken))
+    assert "ECC" in studio.of(Finish)[0].message, "nobody is left"
+
+
 def test_a_checkpoint_that_cannot_be_used_ends_the_render_as_the_users_fault() -> None:
     studio = Studio(film(), auto_ready=False)
     studio.join("w1")
