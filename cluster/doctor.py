@@ -12,9 +12,11 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.errors import LongtakeError
+from pipeline.errors import LongtakeError, first_line
 
 MIN_FREE_BYTES = 1 << 30
+GPU_DEVICE = Path("/dev/nvidia0")
+"""There wherever NVIDIA's driver is loaded, whether torch can use it or not."""
 
 
 def print_diagnosis() -> int:
@@ -72,7 +74,19 @@ def _devices() -> str:
     import torch
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if not names and GPU_DEVICE.exists():
+        raise LongtakeError(f"there is a GPU that torch {torch.__version__} cannot use: {_why_no_gpu()}")
     return f"{len(os.sched_getaffinity(0))} CPU cores; GPUs: {', '.join(names) or 'none'}"
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    try:
+        torch.empty(0, device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return "no reason is given"
 
 
 def _checkpoint() -> str:

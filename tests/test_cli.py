@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -438,3 +439,16 @@ def test_checkpoint_verify_lists_what_is_wrong(here: Path, capsys: pytest.Captur
     _drop_tensor(folder)
     assert main(["checkpoint", "verify", str(folder)]) == 2
     assert "blocks.0.attn.proj.weight" in capsys.readouterr().err
+
+
+def test_doctor_names_a_gpu_that_torch_cannot_use(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver may be older than torch's CUDA, or torch the one for CPUs: the render would end for it."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("cluster.doctor.GPU_DEVICE", Path("/nowhere/nvidia0"))
+    main(["doctor"])
+    assert "GPUs: none" in capsys.readouterr().out
+    monkeypatch.setattr("cluster.doctor.GPU_DEVICE", Path("/dev/null"))
+    assert main(["doctor"]) == 1
+    assert re.search(r"BAD +devices +there is a GPU that torch \S+ cannot use: \w", capsys.readouterr().out)

@@ -288,6 +288,22 @@ def test_ec2_takes_every_node(show: Any) -> None:
     assert [name for name in types if "InstanceMarketOptions" in types[name]["node_config"]] == ["spot"]
 
 
+def test_ray_does_not_put_its_own_old_image_on_machines_of_aws(
+    show: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That one has CUDA 11.2, and the driver of its time."""
+    from ray.autoscaler._private.aws.config import DEFAULT_AMI, _check_ami
+
+    [config] = show("ray-up-aws", "--gpus", "8", "--region", "us-east-1")
+    _check_ami(config)
+    images = {kind["node_config"]["ImageId"] for kind in config["available_node_types"].values()}
+    assert images.isdisjoint(DEFAULT_AMI.values())
+    assert main(["manifest", "ray-up-aws", "--gpus", "8", "--region", "us-east-1"]) == 0
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert any(image in line for image in images for line in comments), "how to get an id is said"
+    assert any("ssm get-parameter --region us-east-1" in line for line in comments)
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -328,6 +344,8 @@ def test_compute_engine_takes_every_node(show: Any) -> None:
         if name != "head":
             assert node.scheduling.onHostMaintenance == "TERMINATE", "machines with GPUs cannot be moved"
     assert nodes["spot"].scheduling.automaticRestart is False, "refused for spot machines otherwise"
+    for node in nodes.values():
+        assert int(node.disks[0].initializeParams.sourceImage.rpartition("nvidia-")[2]) >= 580, "CUDA 13 wants that"
 
 
 def test_machines_read_the_token_from_a_file_and_show_no_dashboard(show: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.manifests.description import TOKEN_PATH, Description, check_shared, to_yaml
 from cluster.manifests.dockerfile import Flavour, dockerfile
 from cluster.manifests.kubernetes import cron_job, ray_cluster, ray_job
-from cluster.manifests.machines import LOCAL_TOKEN_FOLDER, Cloud, ray_up
+from cluster.manifests.machines import AWS_IMAGE, AWS_IMAGE_NAME, LOCAL_TOKEN_FOLDER, Cloud, aws_region, ray_up
 from cluster.manifests.skypilot import sky_task
 from pipeline.errors import SettingError
 from pipeline.schedule_log import ScheduleLog
@@ -47,6 +47,12 @@ def print_ray_up(description: Description, cloud: Cloud) -> int:
         f"Start: ray up FILE. Before that the token has to be in {folder}/auth_token, readable by you alone:\n"
         f"(umask 077; mkdir -p {folder}; openssl rand -hex 32 > {folder}/auth_token)"
     )
+    if cloud == "aws":
+        heading += (
+            f"\nAnd {AWS_IMAGE} has to become the id of an image with NVIDIA's driver 580 or later; this prints one:\n"
+            f"aws ssm get-parameter --region {aws_region(description)} --query Parameter.Value --output text "
+            f"--name {AWS_IMAGE_NAME}"
+        )
     print(to_yaml([ray_up(description, cloud)], heading), end="")
     return 0
 

@@ -36,7 +36,12 @@ NOTICE_S = 5
 DISK_GB = 500
 """A role's weights in bf16 are 27 GB, the image about 10 GB; the rest is for what is being encoded."""
 LOCAL_TOKEN_FOLDER = "~/.longtake/{name}"
-_GCP_IMAGE = "projects/deeplearning-platform-release/global/images/family/common-cu128-ubuntu-2204-nvidia-570"
+# torch's wheels on PyPI are for CUDA 13, which wants NVIDIA's driver 580 or later on the host.
+_GCP_IMAGE = "projects/deeplearning-platform-release/global/images/family/common-cu129-ubuntu-2204-nvidia-580"
+AWS_IMAGE = "ami-TO-BE-WRITTEN"
+"""Images have another id in every region. Without any Ray takes one of 2022, on whose driver torch finds no GPU."""
+AWS_IMAGE_NAME = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id"
+"""The name under which AWS keeps the id of its newest image with driver and container toolkit."""
 _START = "ulimit -n 65536; ray start"
 
 
@@ -110,9 +115,14 @@ def watch_command(cloud: Cloud) -> str:
     return f"until {notice}; do sleep {NOTICE_S}; done; {drain_command(DRAIN_S[SPOT] - NOTICE_S)}"
 
 
+def aws_region(description: Description) -> str:
+    """Where in AWS."""
+    return description.region or "us-west-2"
+
+
 def _provider(description: Description, cloud: Cloud) -> dict[str, Any]:
     if cloud == "aws":
-        return {"type": "aws", "region": description.region or "us-west-2", "cache_stopped_nodes": False}
+        return {"type": "aws", "region": aws_region(description), "cache_stopped_nodes": False}
     region = description.region or "us-central1"
     project = needed(description.project, "--project", "the id of the Google Cloud project")
     return {"type": "gcp", "region": region, "availability_zone": f"{region}-a", "project_id": project}
@@ -137,10 +147,11 @@ def _docker(description: Description) -> dict[str, Any]:
 
 
 def _aws_node(machine: str, *, market: str, gpus: int) -> dict[str, Any]:
-    """What EC2's RunInstances is asked for. Ray fills in image, network, key and security group."""
+    """What EC2's RunInstances is asked for. Ray fills in network, key and security group."""
     disk = {"VolumeSize": DISK_GB if gpus else 100, "VolumeType": "gp3"}
     node: dict[str, Any] = {
         "InstanceType": machine,
+        "ImageId": AWS_IMAGE,
         "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
         # Containers are one hop further from the metadata service, and credentials come from there.
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 2},
