@@ -1,10 +1,10 @@
 """What the compiler makes of the kernels, without a GPU.
 
 `python -m kernels.compile_gate [--sweep] [--only NAME] [--capability 90]`: every kernel is compiled at its
-real size for compute capabilities 8.0, 8.9 and 9.0 with the ptxas that comes with Triton. The gate fails
-(exit code 1) where a kernel spills registers or, on 9.0, where a matrix product is not a wgmma or a
-descriptor not a TMA bulk copy. `--sweep` also tries stages and register limits of the attention and prints
-them without judging: they are the figures behind the launch options.
+real size for compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0 with the ptxas that comes with Triton. The gate
+fails (exit code 1) where a kernel spills registers or wants more shared memory than the card has, where a
+descriptor is not a TMA bulk copy or, on 9.0, a matrix product not a wgmma. `--sweep` also tries stages and
+register limits of the attention and prints them without judging: they are the figures behind the launch options.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CAPABILITIES = (80, 89, 90)
+CAPABILITIES = (80, 89, 90, 100, 120)
+_WITH_DESCRIPTORS = (90, 100, 120)
 # Shared memory that one block may have, CUDA C++ Programming Guide, technical specifications.
-_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # Types of quantised rows, their constants, and the cards that have them.
 _QUANTISED: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("i8", {"LARGEST": 127.0, "FP8": False}, CAPABILITIES),
-    ("fp8e4nv", {"LARGEST": 448.0, "FP8": True}, (89, 90)),
+    ("fp8e4nv", {"LARGEST": 448.0, "FP8": True}, CAPABILITIES[1:]),
 )
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -63,7 +64,7 @@ class Figures:
         found = [f"spills {self.spills} bytes"] if self.spills else []
         if self.shared_bytes > _SHARED_BYTES[capability]:
             found.append(f"{self.shared_bytes} bytes of shared memory")
-        if capability >= 90 and case.products and not self.wgmma:
+        if capability == 90 and case.products and not self.wgmma:
             found.append("no wgmma")
         if case.descriptors and not self.bulk_copies:
             found.append("no bulk copy")
@@ -125,7 +126,7 @@ def _attention(descriptors: bool) -> Iterator[Case]:
     }
     every = {**tensors, **lists, **strides, **numbers, **scales}
     sizes = {"BQ": 64, "BK": 64, "D": 128, "WIDE": 128, "TYPE": triton.language.bfloat16, "TMA": descriptors}
-    capabilities = (90,) if descriptors else CAPABILITIES
+    capabilities = _WITH_DESCRIPTORS if descriptors else (80, 89, 90)
     kind = "tma" if descriptors else "pointers"
     for name, kernel, more, options in (
         ("forward, fixed shift", bsa.forward_kernel, {"FIXED_SHIFT": True}, bsa.FORWARD_OPTIONS),
@@ -145,7 +146,9 @@ def _gating() -> Iterator[Case]:
     every |= numbers | {"threshold": "fp32", "scale_log2": "fp32"}
     kernel = bsa.scores_kernel
     types = {arg: every[arg] for arg in kernel.arg_names if arg in every}
-    yield Case("scores of block means", kernel, types, {**bsa.SCORE_TILE, "D": 128}, bsa.SCORE_OPTIONS)
+    sizes = {**bsa.SCORE_TILE, "D": 128}
+    yield Case("scores of block means", kernel, types, sizes, bsa.SCORE_OPTIONS, (80, 89, 90, 120))
+    yield Case("scores of block means, 10.0", kernel, types, sizes, bsa.SCORE_OPTIONS_10, (100,))
     kernel = bsa.choose_kernel
     types = {arg: every[arg] for arg in kernel.arg_names if arg in every}
     for mass in (False, True):
@@ -216,21 +219,24 @@ def _linear() -> Iterator[Case]:
         types = {"x": "*bf16", "values": f"*{kind}", "scales": "*fp32", "x_row": "i32"}
         sizes = {"K": 4096, "WIDE": 4096, **quantised}
         yield Case(f"quantise rows, {kind}", linear.quantise_kernel, types, sizes, linear.ROW_OPTIONS, capabilities)
-    for kernel, name, x_type, configs in (
-        (linear.quantised_kernel, "int8 product", "i8", (linear.QUANTISED_TMA, linear.QUANTISED)),
-        (linear.weight_only_kernel, "weight-only int8", "bf16", (linear.WEIGHT_ONLY_TMA, linear.WEIGHT_ONLY)),
+    # Newer cards take pointers only for rows that are not aligned.
+    for kernel, name, x_type, (tiles, options), capabilities in (
+        (linear.quantised_kernel, "int8 product (tma)", "i8", linear.QUANTISED_TMA, (90, 120)),
+        (linear.quantised_kernel, "int8 product (tma), 10.0", "i8", linear.QUANTISED_TMA_10, (100,)),
+        (linear.quantised_kernel, "int8 product (pointers)", "i8", linear.QUANTISED, (80, 89, 90)),
+        (linear.weight_only_kernel, "weight-only int8 (tma)", "bf16", linear.WEIGHT_ONLY_TMA, _WITH_DESCRIPTORS),
+        (linear.weight_only_kernel, "weight-only int8 (pointers)", "bf16", linear.WEIGHT_ONLY, (80, 89, 90)),
     ):
-        for descriptors, (tiles, options) in zip((True, False), configs, strict=True):
-            types = dict.fromkeys(("m", "n", "k"), "i32")
-            types |= {"x_scale": "*fp32", "weight_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
-            types |= {"x": f"*{x_type}", "weight": "*i8"}
-            if descriptors:
-                types["x"] = f"tensordesc<{x_type}[{tiles['BM']}, {tiles['BK']}]>"
-                types["weight"] = f"tensordesc<i8[{tiles['BN']}, {tiles['BK']}]>"
-            types = {arg: types[arg] for arg in kernel.arg_names if arg in types}
-            sizes = {**tiles, "GROUP": 8, "BIAS": True, "TMA": descriptors, "TYPE": bf16}
-            kind, capabilities = ("tma", (90,)) if descriptors else ("pointers", CAPABILITIES)
-            yield Case(f"{name} ({kind})", kernel, types, sizes, options, capabilities, True, descriptors)
+        descriptors = "(tma)" in name
+        types = dict.fromkeys(("m", "n", "k"), "i32")
+        types |= {"x_scale": "*fp32", "weight_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
+        types |= {"x": f"*{x_type}", "weight": "*i8"}
+        if descriptors:
+            types["x"] = f"tensordesc<{x_type}[{tiles['BM']}, {tiles['BK']}]>"
+            types["weight"] = f"tensordesc<i8[{tiles['BN']}, {tiles['BK']}]>"
+        types = {arg: types[arg] for arg in kernel.arg_names if arg in types}
+        sizes = {**tiles, "GROUP": 8, "BIAS": True, "TMA": descriptors, "TYPE": bf16}
+        yield Case(name, kernel, types, sizes, options, capabilities, True, descriptors)
 
 
 def cases() -> list[Case]:

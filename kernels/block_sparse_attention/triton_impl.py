@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.dispatch import capability
+
 LOG2_E = math.log2(math.e)
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -37,6 +39,7 @@ SCORE_TILE = {"ROWS": 64, "COLUMNS": 64, "STEP": 32}
 _SCORES = 2**23
 _MOST_KEY_BLOCKS = 2**15
 SCORE_OPTIONS = {"num_warps": 4, "num_stages": 2}
+SCORE_OPTIONS_10 = {"num_warps": 4, "num_stages": 3}  # on compute capability 10 two stages spill
 CHOOSE_OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
@@ -420,10 +423,11 @@ def _choose(
     some = min(n_q, max(tile, _SCORES // room // tile * tile))
     together = min(b * h, max(1, _SCORES // (some * room)))
     scores = torch.empty(together, some, room, dtype=torch.float32, device=q_means.device)
+    score_options = SCORE_OPTIONS_10 if capability(q_means)[0] == 10 else SCORE_OPTIONS
     for head, row in itertools.product(range(0, b * h, together), range(0, n_q, some)):
         heads, rows = min(together, b * h - head), min(some, n_q - row)
         scores_kernel[(triton.cdiv(rows, tile), triton.cdiv(n_k, SCORE_TILE["COLUMNS"]), heads)](
-            q_means, k_means, scores, head, row, rows, n_q, n_k, room, **SCORE_TILE, D=d, **SCORE_OPTIONS
+            q_means, k_means, scores, head, row, rows, n_q, n_k, room, **SCORE_TILE, D=d, **score_options
         )
         choose_kernel[(rows, heads)](
             scores, kept, counts,

@@ -15,13 +15,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.dispatch import capability
 from kernels.linear.reference import LARGEST_FP8, LARGEST_INT8
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-# Tiles (rows of x, outputs, inputs) and launch options; the larger ones need Hopper's shared memory.
+# Tiles (rows of x, outputs, inputs) and launch options; the larger ones need Hopper's shared memory. On compute
+# capability 10 the largest of them spills.
 Config = tuple[dict[str, int], dict[str, int]]
 QUANTISED_TMA: Config = ({"BM": 128, "BN": 256, "BK": 128}, {"num_warps": 8, "num_stages": 3})
+QUANTISED_TMA_10: Config = ({"BM": 128, "BN": 128, "BK": 128}, {"num_warps": 8, "num_stages": 3})
 QUANTISED: Config = ({"BM": 128, "BN": 128, "BK": 64}, {"num_warps": 8, "num_stages": 3})
 WEIGHT_ONLY_TMA: Config = ({"BM": 128, "BN": 128, "BK": 64}, {"num_warps": 8, "num_stages": 3})
 WEIGHT_ONLY: Config = ({"BM": 128, "BN": 128, "BK": 32}, {"num_warps": 8, "num_stages": 3})
@@ -154,9 +157,11 @@ def multiply_int8(
 ) -> Tensor:  # fmt: skip
     """int8 values [M,K] with scale [M], int8 weight [N,K] with scale [N], bias [N] -> [M,N] in `dtype`."""
     values = values.contiguous()
-    config = QUANTISED_TMA if descriptors and fits_descriptors(values, weight) else QUANTISED
+    descriptors = descriptors and fits_descriptors(values, weight)
+    large = QUANTISED_TMA_10 if capability(values)[0] == 10 else QUANTISED_TMA
     tensors = (scale, weight_scale.float(), bias)
-    return _launch(quantised_kernel, values, weight, tensors, dtype, config, config is QUANTISED_TMA)
+    config = large if descriptors else QUANTISED
+    return _launch(quantised_kernel, values, weight, tensors, dtype, config, descriptors)
 
 
 def linear_weight_only(
