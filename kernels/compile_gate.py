@@ -174,7 +174,7 @@ def _rows() -> Iterator[Case]:
         "index": "*i32",
     }
     types["eps"] = "fp32"
-    sizes = {"TOKENS": 64, "AT_ONCE": 2, "HEADS": 32, "D": 128, "WIDE": 128, "TYPE": bf16}
+    sizes = {"TOKENS": 64, "AT_ONCE": 1, "HEADS": 32, "D": 128, "WIDE": 128, "TYPE": bf16}
     for indexed in (True, False):
         name = "norm_rope, index, means" if indexed else "norm_rope, means"
         flags = {"ROTATE": True, "INDEXED": indexed, "MEANS": True}

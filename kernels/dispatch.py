@@ -55,3 +55,9 @@ def capability(x: Tensor) -> tuple[int, int]:
 def has_descriptors(x: Tensor) -> bool:
     """Whether the device of x moves tiles by TMA."""
     return capability(x) >= (9, 0)
+
+
+def launch_options(*, warps: int, stages: int) -> dict[str, int]:
+    """Options of a Triton launch. That a product and a sum may be fused is said in each: it changes bits, Triton 3.10
+    turns its default round, and TRITON_DEFAULT_FP_FUSION would turn it for one process."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

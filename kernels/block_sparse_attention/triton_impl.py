@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dispatch import capability
+from kernels.dispatch import capability, launch_options
 
 LOG2_E = math.log2(math.e)
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -30,17 +30,18 @@ _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 MAX_LOGIT_BOUND = 40.0
 
 # Launch options; the alternatives' registers and times are in docs/kernels.md.
-FORWARD_OPTIONS = {"num_warps": 4, "num_stages": 2}
-BACKWARD_OPTIONS = {"num_warps": 8, "num_stages": 1}
+FORWARD_OPTIONS = launch_options(warps=4, stages=2)
+BACKWARD_OPTIONS = launch_options(warps=8, stages=1)
 
 # Gating: tiles of scores, how many scores are in memory at a time (32 MiB, less than the cache of a large GPU), and the
 # launch options. The running sum in `choose_kernel` has 16 bits for a count.
 SCORE_TILE = {"ROWS": 64, "COLUMNS": 64, "STEP": 32}
 _SCORES = 2**23
 _MOST_KEY_BLOCKS = 2**15
-SCORE_OPTIONS = {"num_warps": 4, "num_stages": 2}
-SCORE_OPTIONS_10 = {"num_warps": 4, "num_stages": 3}  # on compute capability 10 two stages spill
-CHOOSE_OPTIONS = {"num_warps": 4, "num_stages": 1}
+SCORE_OPTIONS = launch_options(warps=4, stages=2)
+SCORE_OPTIONS_10 = launch_options(warps=4, stages=3)  # on compute capability 10 two stages spill
+PASS_OPTIONS = launch_options(warps=4, stages=3)  # of the small kernels beside these: block means, delta
+CHOOSE_OPTIONS = launch_options(warps=4, stages=1)
 
 
 @triton.jit
@@ -378,7 +379,7 @@ def block_means(x: Tensor, block: int) -> Tensor:
     means = torch.empty(b, h, n // block, d, dtype=torch.float32, device=x.device)
     rows = row_view(x)
     means_kernel[(n // block, b * h)](
-        rows.tensor, means, *rows.strides(), h, BLOCK=block, D=d, WIDE=triton.next_power_of_2(d)
+        rows.tensor, means, *rows.strides(), h, BLOCK=block, D=d, WIDE=triton.next_power_of_2(d), **PASS_OPTIONS
     )
     return means
 
@@ -507,7 +508,7 @@ def launch_backward(
     delta = torch.empty_like(lse2)
     delta_kernel[(q_blocks, b * h)](
         ro.tensor, rg.tensor, delta, *ro.strides(), *rg.strides(), h,
-        BQ=tiles.block_q, D=d, WIDE=sizes["WIDE"],
+        BQ=tiles.block_q, D=d, WIDE=sizes["WIDE"], **PASS_OPTIONS,
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sources = [

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dispatch import capability
+from kernels.dispatch import capability, launch_options
 from kernels.linear.reference import LARGEST_FP8, LARGEST_INT8
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -23,13 +23,13 @@ _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 # Tiles (rows of x, outputs, inputs) and launch options; the larger ones need Hopper's shared memory. On compute
 # capability 10 the largest of them spills.
 Config = tuple[dict[str, int], dict[str, int]]
-QUANTISED_TMA: Config = ({"BM": 128, "BN": 256, "BK": 128}, {"num_warps": 8, "num_stages": 3})
-QUANTISED_TMA_10: Config = ({"BM": 128, "BN": 128, "BK": 128}, {"num_warps": 8, "num_stages": 3})
-QUANTISED: Config = ({"BM": 128, "BN": 128, "BK": 64}, {"num_warps": 8, "num_stages": 3})
-WEIGHT_ONLY_TMA: Config = ({"BM": 128, "BN": 128, "BK": 64}, {"num_warps": 8, "num_stages": 3})
-WEIGHT_ONLY: Config = ({"BM": 128, "BN": 128, "BK": 32}, {"num_warps": 8, "num_stages": 3})
+QUANTISED_TMA: Config = ({"BM": 128, "BN": 256, "BK": 128}, launch_options(warps=8, stages=3))
+QUANTISED_TMA_10: Config = ({"BM": 128, "BN": 128, "BK": 128}, launch_options(warps=8, stages=3))
+QUANTISED: Config = ({"BM": 128, "BN": 128, "BK": 64}, launch_options(warps=8, stages=3))
+WEIGHT_ONLY_TMA: Config = ({"BM": 128, "BN": 128, "BK": 64}, launch_options(warps=8, stages=3))
+WEIGHT_ONLY: Config = ({"BM": 128, "BN": 128, "BK": 32}, launch_options(warps=8, stages=3))
 _GROUP = 8
-ROW_OPTIONS = {"num_warps": 8, "num_stages": 1}
+ROW_OPTIONS = launch_options(warps=8, stages=1)
 
 
 @triton.jit

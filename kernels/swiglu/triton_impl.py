@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import launch_options
 from kernels.linear.triton_impl import quantise_row, row_quantisation
 
 _ROWS, _COLUMNS = 1, 4096
-OPTIONS = {"num_warps": 8, "num_stages": 1}
-QUANTISED_OPTIONS = {"num_warps": 8, "num_stages": 1}
+OPTIONS = launch_options(warps=8, stages=1)
+QUANTISED_OPTIONS = launch_options(warps=8, stages=1)
 
 
 @triton.jit
