@@ -1,10 +1,12 @@
 """The numerics record: everything that can change a bit of the film besides the plan.
 
-A render pins it when it starts and refuses to go on under another one, unless asked to.
+A render pins it when it starts and refuses to go on under another one, unless asked to. What need not differ between
+machines is made the same instead (`settle_numerics`).
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,13 +18,30 @@ from pipeline.media_child import find_ffmpeg
 from pipeline.tasks import RECIPE_VERSION
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "triton")
+CUDA_CHOICES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
+)
+"""Variables of the environment by which cuBLAS and cuDNN choose among algorithms that sum in different orders."""
+
+
+def settle_numerics() -> None:
+    """Have torch compute alike everywhere, whatever the environment says: fp32 in fp32 (NVIDIA's images have it in TF32,
+    by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and with no algorithm of cuDNN that was chosen by its time, or that sums in
+    another order each time.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
 
 
 def describe_numerics(
     device: str, dtype: str, threads: int, ffmpeg: str | None, encoder_threads: int, gang_size: int
 ) -> dict[str, Any]:
     """The record of this process, JSON-able. `gang_size`: how many compute each segment of the render together."""
-    return {
+    record = {
         "recipe": RECIPE_VERSION,
         "device": device_kind(device),
         "dtype": dtype,
@@ -33,6 +52,14 @@ def describe_numerics(
         "ffmpeg": find_ffmpeg(ffmpeg).version,
         "encoder_threads": encoder_threads,
     }
+    return record if device != "cuda" else {**record, "cuda": _describe_cuda()}
+
+
+def _describe_cuda() -> dict[str, Any]:
+    """What torch computes with on a GPU: its wheels' versions do not say it, and cuDNN may be another than theirs."""
+    chosen = {name: os.environ[name] for name in CUDA_CHOICES if name in os.environ}
+    cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return {"toolkit": torch.version.cuda, "cudnn": cudnn, **chosen}
 
 
 def device_kind(device: str) -> str:

@@ -153,10 +153,11 @@ class Worker:
             return Failed(fault, self._standing.partial, self._standing.partial_steps)
 
     def _greet(self) -> Greeting:
-        from actors.numerics import describe_numerics
+        from actors.numerics import describe_numerics, settle_numerics
 
         settings = self._settings
         set_threads(settings.threads)
+        settle_numerics()
         numerics = describe_numerics(
             settings.device,
             settings.dtype,

@@ -1,0 +1,55 @@
+"""The numerics record, and what is made the same on all machines instead of being recorded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.numerics import describe_numerics
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_worker_computes_fp32_in_fp32_and_lets_no_clock_choose_whatever_its_environment_says(
+    tmp_path: Path,
+) -> None:
+    """In a process of its own: torch reads the environment when it is imported."""
+    code = f"""
+import torch
+from cluster.job import WorkerSettings
+from cluster.worker import Worker
+torch.backends.cudnn.benchmark = True
+before = torch.backends.cuda.matmul.allow_tf32
+worker = Worker(WorkerSettings("{tmp_path}", "/somewhere", "cpu", "float32", 1, None, 1, None))
+worker.greet()
+cudnn = torch.backends.cudnn
+print(before, torch.backends.cuda.matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic)
+worker.dismiss()
+"""
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.split() == ["True", "False", "False", "True"]
+
+
+def test_on_a_gpu_the_record_holds_cuda_s_versions_and_what_chooses_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(device: str = "cuda") -> dict[str, Any]:
+        return describe_numerics(device, "bfloat16", 4, None, 1, gang_size=1)
+
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92000)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = record()
+    assert (before["device"], before["cuda"]) == ("cuda NVIDIA H100 80GB HBM3", {"toolkit": "13.0", "cudnn": 92000})
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91000)
+    assert record() != before, "another cuDNN in the library path"
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92000)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert record() != before
+    assert "cuda" not in record("cpu")
