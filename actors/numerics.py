@@ -28,7 +28,7 @@ CUDA_CHOICES = (
 
 
 def settle_numerics() -> None:
-    """Have torch compute alike everywhere, whatever the environment says: fp32 in fp32 (NVIDIA's images have it in TF32,
+    """Have torch compute alike everywhere, whatever the environment says: fp32 in fp32 (in NVIDIA's images it is TF32,
     by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), and with no algorithm of cuDNN that was chosen by its time, or that sums in
     another order each time.
     """
