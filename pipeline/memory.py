@@ -115,9 +115,10 @@ def _role(
     each = {one: (cache_bytes(sizes, one.cached), pass_bytes(sizes, one)) for one in passes}
     cache, denoising = max(each.values(), key=lambda pair: pair[1] + (pair[0] if on_card else 0))
     most_cache = max(kept for kept, _ in each.values())
+    page_locked = max(page_locked_bytes(sizes, one.cached) for one in each)
     turn = weights + denoising + (cache if on_card else 0)
     card = max(turn, vae + decoding) if waits else max(turn + vae, weights + vae + decoding)
-    host = (0 if on_card else most_cache) + (weights + vae if waits else 0)
+    host = (0 if on_card else page_locked) + (weights + vae if waits else 0)
     return RoleMemory(role, weights, vae, most_cache, denoising, decoding, card, host)
 
 
@@ -143,6 +144,14 @@ def _latents(frames: int, render: RenderFacts) -> int:
 def cache_bytes(sizes: NetworkSizes, tokens: int) -> int:
     """Keys and values of so many tokens, all layers."""
     return 2 * NUMBER_BYTES * sizes.width * sizes.depth * tokens
+
+
+def page_locked_bytes(sizes: NetworkSizes, tokens: int) -> int:
+    """Of the host's memory for the same: torch makes page-locked blocks as large as the next power of two, and each
+    layer's keys and values are one each.
+    """
+    block = NUMBER_BYTES * sizes.width * tokens
+    return 2 * sizes.depth * (1 << (block - 1).bit_length() if block else 0)
 
 
 def pass_bytes(sizes: NetworkSizes, one: _Pass) -> int:

@@ -98,6 +98,15 @@ def test_cache_is_as_large_as_the_networks_own() -> None:
     assert cache_bytes(NetworkSizes(width=64, depth=2), 2 * 4 * 6) == held
 
 
+def test_a_cache_in_the_host_s_memory_takes_what_torch_makes_of_its_blocks() -> None:
+    """`PowerOf2Ceil` in ATen/core/CachingHostAllocator.h: 4 x 30 x 52 tokens are 51 MB a block and take 64 MiB."""
+    needed = needs_of(official_plan("chained"), LEAST)
+    weights = needed["chain"].weights + needed["chain"].vae
+    assert needed["chain"].host == weights + 96 * 2**26
+    assert needed["refine"].host == weights + 96 * 2**28
+    assert needs_of(official_plan("parallel"), LEAST)["refine"].host == weights, "no cache"
+
+
 @pytest.mark.parametrize(("height_px", "width_px"), [(480, 832), (704, 1280)])
 def test_decoding_needs_what_the_real_vae_holds(height_px: int, width_px: int) -> None:
     config = VAEConfig((0.0,) * 16, (1.0,) * 16)
