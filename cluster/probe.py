@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,11 @@ def file_sha256(path: Path) -> str:
     """sha256 (hex) of a user's file. Raises InputFileError."""
     sha256 = hashlib.sha256()
     try:
+        # Opening a pipe that nobody writes to would wait for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputFileError(
+                "cannot be read: it is a folder, a pipe or a device", field=str(path), remedy="Name a file."
+            )
         with path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 sha256.update(chunk)
