@@ -341,7 +341,7 @@ BAD_INPUT: dict[str, tuple[Case, list[str]]] = {
     "silent film as sound, too": (_silent_film_as_sound_too, ["output.soundtrack: silent.mkv", "is not a sound"]),
     "pipe as image": (lambda c: storyboard(c, **_shot(image=_pipe())), ["shots[0].image: start.png", "a pipe"]),
     "missing LoRA": (lambda c: storyboard(c, loras=[{"file": "no.safetensors"}]), ["loras[0].file", "no.safetensors"]),
-    "pipe as a LoRA": (_pipe_as_lora, ["loras[0].file: pipe.safetensors", "a pipe"]),
+    "pipe as a LoRA": (_pipe_as_lora, ["loras[0].file", "pipe.safetensors", "a pipe"]),
     "damaged LoRA": (_damaged_lora, ["loras[0].file: short.safetensors", "cut short"]),
     "LoRA of other weights": (_foreign_lora, ["loras[0].file: other.safetensors", "blocks.0.attn.proj"]),
     "playlist as video": (_playlist_as_video, ["before.mp4", "whatever its name says"]),
