@@ -311,6 +311,7 @@ class Strict(BaseModel):
 class GcpDiskParams(Strict):
     sourceImage: str
     diskSizeGb: int
+    diskType: str
 
 
 class GcpDisk(Strict):
@@ -346,6 +347,19 @@ def test_compute_engine_takes_every_node(show: Any) -> None:
     assert nodes["spot"].scheduling.automaticRestart is False, "refused for spot machines otherwise"
     for node in nodes.values():
         assert int(node.disks[0].initializeParams.sourceImage.rpartition("nvidia-")[2]) >= 580, "CUDA 13 wants that"
+
+
+@pytest.mark.parametrize(("gpu_type", "disk"), [("h200", "hyperdisk-balanced"), ("l4", "pd-balanced")])
+def test_compute_engine_is_asked_for_a_disk_that_the_machine_takes(show: Any, gpu_type: str, disk: str) -> None:
+    """Its own default is `pd-standard`, which G2 and A3 machines refuse; A3 Ultra takes Hyperdisk alone."""
+    flags = ["--gpu-type", gpu_type, "--project", "films-12345", "--region", "europe-west4"]
+    [config] = show("ray-up-gcp", "--gpus", "8", *flags)
+    kinds = config["available_node_types"]
+    disks = {name: kind["node_config"]["disks"][0]["initializeParams"]["diskType"] for name, kind in kinds.items()}
+    zone = config["provider"]["availability_zone"]
+    assert disks["head"] == f"zones/{zone}/diskTypes/pd-balanced"
+    assert disks["stable"] == f"zones/{zone}/diskTypes/{disk}"
+    assert zone.startswith(f"{config['provider']['region']}-") and config["provider"]["region"] == "europe-west4"
 
 
 def test_machines_read_the_token_from_a_file_and_show_no_dashboard(show: Any) -> None:

@@ -7,6 +7,7 @@ Spot nodes are thrown away rather than stopped, and the dashboard listens on the
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from typing import Any, Literal
 
 from cluster.manifests.description import (
@@ -49,7 +50,7 @@ def ray_up(description: Description, cloud: Cloud) -> dict[str, Any]:
     """The configuration that `ray up` takes. Raises SettingError."""
     machines = cloud_machines(description, cloud)
     groups = plan_groups(description, tuple(machines))
-    node = _aws_node if cloud == "aws" else _gcp_node
+    node = _aws_node if cloud == "aws" else partial(_gcp_node, zone=_gcp_zone(description))
     hardware = description.hardware
     types: dict[str, Any] = {
         "head": {
@@ -123,9 +124,13 @@ def aws_region(description: Description) -> str:
 def _provider(description: Description, cloud: Cloud) -> dict[str, Any]:
     if cloud == "aws":
         return {"type": "aws", "region": aws_region(description), "cache_stopped_nodes": False}
-    region = description.region or "us-central1"
+    zone = _gcp_zone(description)
     project = needed(description.project, "--project", "the id of the Google Cloud project")
-    return {"type": "gcp", "region": region, "availability_zone": f"{region}-a", "project_id": project}
+    return {"type": "gcp", "region": zone.rpartition("-")[0], "availability_zone": zone, "project_id": project}
+
+
+def _gcp_zone(description: Description) -> str:
+    return f"{description.region or 'us-central1'}-a"
 
 
 def _docker(description: Description) -> dict[str, Any]:
@@ -164,12 +169,18 @@ def _aws_node(machine: str, *, market: str, gpus: int) -> dict[str, Any]:
     return node
 
 
-def _gcp_node(machine: str, *, market: str, gpus: int) -> dict[str, Any]:
+def _gcp_node(machine: str, *, market: str, gpus: int, zone: str) -> dict[str, Any]:
     """What Compute Engine's instances.insert is asked for. Ray fills in network, key and service account."""
     scheduling: dict[str, Any] = {"onHostMaintenance": "TERMINATE" if gpus else "MIGRATE"}
     if market == SPOT:
         scheduling |= {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE", "automaticRestart": False}
-    disk = {"sourceImage": _GCP_IMAGE, "diskSizeGb": DISK_GB if gpus else 100}
+    # Without a type it would be a magnetic one, which machines with newer GPUs do not take.
+    kind = "hyperdisk-balanced" if machine.startswith("a3-ultragpu") else "pd-balanced"
+    disk = {
+        "sourceImage": _GCP_IMAGE,
+        "diskSizeGb": DISK_GB if gpus else 100,
+        "diskType": f"zones/{zone}/diskTypes/{kind}",
+    }
     node: dict[str, Any] = {
         "machineType": machine,
         "disks": [{"boot": True, "autoDelete": True, "type": "PERSISTENT", "initializeParams": disk}],
