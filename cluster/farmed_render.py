@@ -132,6 +132,10 @@ class FarmedRender(Orchestrator):
     async def _watch_nodes(self) -> None:
         """The farm does."""
 
+    def _is_given_up(self, began_s: float) -> bool:
+        """Never: the farm's process lives on, and a call that is left alone would hold on to the lease."""
+        return False
+
     async def _borrow(self, grant: Grant, member: Member, numerics: Mapping[str, Any], loaded: bool) -> None:
         try:
             await self._pin_once(numerics)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from cluster.publish import Publisher
 from cluster.recipe import RECIPE_FILE, make_plan
 from pipeline import events as ev
 from pipeline.carrier import asks_ledger, carry_out
-from pipeline.errors import LongtakeError, first_line
+from pipeline.errors import LongtakeError, StoreError, first_line
 from pipeline.ledger import Ledger
 from pipeline.machine import Machine
 from pipeline.params import WeightsParams
@@ -56,6 +57,8 @@ DRAIN_S = 2.0
 FATE_LOOK_S, FATE_LIMIT_S = 0.5, 30.0
 START_LIMIT_S = 300.0
 DISMISS_LIMIT_S = 2.0
+STORE_LOOK_S, STORE_LIMIT_S = 0.5, 5.0
+"""Once somebody has asked to stop, a call to the ledger may take so long; a second time it is not waited for."""
 FAILED_STARTS = 5
 """How often in a row one worker may fail to start before the render is given up, if no other worker is there."""
 MOST_PAUSE_S = 300.0
@@ -104,7 +107,10 @@ class Orchestrator:
         self._meters = meters
         self._story = Story(job.store_url, meters)
         self._store = MeteredStore(open_store(job.store_url), Meter())
-        self._ledger = Ledger(self._store, on_wait=lambda why: self._story.tell("waiting", message=why))
+        self._given_up = threading.Event()
+        """Set once the store is not waited for any more."""
+        say = partial(self._story.tell, "waiting")
+        self._ledger = Ledger(self._store, on_wait=lambda why: say(message=why), sleep=self._pause)
         self._io = ThreadPoolExecutor(1, "ledger")
         self._queue: asyncio.Queue[ev.Event] = asyncio.Queue()
         self._members: dict[str, Member] = {}
@@ -116,6 +122,8 @@ class Orchestrator:
         self._recorded = False
         self._started = 0
         self._replan_wanted = False
+        self._numerics_told = False
+        self._stops: list[tuple[float, int]] = []
         self._finish: ev.Finish | None = None
         self._outcome: Outcome | None = None
         self._over = asyncio.Event()
@@ -128,6 +136,9 @@ class Orchestrator:
             outcome = Outcome(error.exit_code, str(error))
         except Exception as error:
             outcome = Outcome(1, f"unexpected {type(error).__name__}: {record_crash(error)}")
+        if self._given_up.is_set():
+            message = "stopped while the store did not answer: nothing more was saved; the same command continues"
+            outcome = Outcome(self._stops[-1][1], message)
         await self._close()
         self._outcome = outcome
         self._story.tell("finished", exit_code=outcome.exit_code, message=outcome.message)
@@ -145,6 +156,7 @@ class Orchestrator:
 
     async def stop(self, exit_code: int) -> None:
         """Stop in order: running denoising saves its state. A second call does not wait for that."""
+        self._stops.append((time.monotonic(), exit_code))
         self._put(ev.StopRequested(time.monotonic(), exit_code))
 
     # The loop
@@ -169,7 +181,7 @@ class Orchestrator:
                 await self._answer(event.request)
         if self._finish.exit_code == 0:
             await self._io_call(self._record_order)
-        if self._recorded:
+        if self._recorded and not self._given_up.is_set():
             await self._publish_end(self._finish)
         film = self._commits.get(self._publisher.plan.film_task_id)
         return Outcome(self._finish.exit_code, self._finish.message, film)
@@ -331,6 +343,9 @@ class Orchestrator:
         mixed = set[str]()
         for numerics in members:
             record = with_precision(numerics, self._memory)
+            if not self._numerics_told:
+                self._numerics_told = True
+                self._story.tell("numerics", record=record)
             mixed |= set(self._ledger.pin_numerics(record, allow_mixed=self._job.allow_mixed))
         self._record_order()
         return mixed
@@ -537,7 +552,7 @@ class Orchestrator:
             task.cancel()
         await self._end_workers()
         with contextlib.suppress(LongtakeError):
-            if self._ledger.epoch:
+            if self._ledger.epoch and not self._given_up.is_set():
                 await self._io_call(self._ledger.release_lease)
 
     async def _end_workers(self) -> None:
@@ -567,8 +582,31 @@ class Orchestrator:
             self._put(ev.LedgerFailed(time.monotonic(), ev.Fault("permanent", message)))
 
     async def _io_call(self, call: Callable[[], T]) -> T:
+        """The answer of a call to the ledger or the store, made after those before it.
+
+        Raises StoreError if somebody has asked to stop and it does not come: the patience of `Ledger` is not theirs.
+        What the call still writes is ours to write, for as long as the process is there.
+        """
         self._loop = asyncio.get_running_loop()
-        return await self._loop.run_in_executor(self._io, call)
+        began_s, answer = time.monotonic(), self._loop.run_in_executor(self._io, call)
+        while not (await asyncio.wait({answer}, timeout=STORE_LOOK_S))[0]:
+            if self._is_given_up(began_s):
+                self._given_up.set()
+                answer.cancel()
+                raise StoreError("the store has not answered since the stop was asked for")
+        return answer.result()
+
+    def _pause(self, seconds: float) -> None:
+        """Between two tries of the ledger's; ends them where nobody waits any more, so that no thread lingers."""
+        if self._given_up.wait(seconds):
+            raise StoreError("the store is not waited for any longer")
+
+    def _is_given_up(self, began_s: float) -> bool:
+        """Whether a call that has had no answer since then is not waited for any longer."""
+        if not self._stops:
+            return False
+        asked_s = max(began_s, self._stops[0][0])
+        return len(self._stops) > 1 or time.monotonic() - asked_s > STORE_LIMIT_S
 
 
 async def fate_of(door: Door, error: BaseException) -> BaseException:

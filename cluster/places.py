@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from cluster.probe import load_storyboard
-from pipeline.spec import Storyboard
+from pipeline.spec import Storyboard, name_of
 from pipeline.store import Store, open_store
 
 STORYBOARD_SUFFIXES = (".yaml", ".yml", ".json", ".mp4", ".mov", ".mkv")
@@ -23,5 +22,4 @@ def open_render(place: str, store: str | None) -> Store:
 def default_store(spec: Storyboard, storyboard: Path) -> str:
     """`renders/<slug>` of the title, or of the file's name where there is no title."""
     name = spec.title if spec.title != Storyboard.model_fields["title"].default else storyboard.stem
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
-    return str(Path("renders") / (slug or "film"))
+    return str(Path("renders") / name_of(name))

@@ -98,6 +98,10 @@ def event_text(event: dict[str, Any]) -> str | None:
             precision = f"{event['device']}, {event['dtype']}{weights}, {event['threads']} thread(s) each"
             todo = f"{event['left']} of {event['tasks']} tasks to do"
             return f"{todo}, {event['workers']} worker(s) on {precision}"
+        case "numerics":
+            record = event["record"]
+            kernels, ffmpeg = record["attention_backend"], record["ffmpeg"]
+            return f"computing on {record['device']}; attention and other kernels: {kernels}; ffmpeg {ffmpeg}"
         case "failed":
             where = f"{event['label'] or event['task']} on {event['host']}"
             return f"{where}: {event['kind']}: {event['message']}"

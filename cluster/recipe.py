@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import SettingError
+from pipeline.errors import SettingError, SpecError, first_line
 from pipeline.facts import CheckpointFacts, Facts, MediaFacts, Overrides, RenderFacts
 from pipeline.pace import Pace, published
 from pipeline.plan import Plan, Until, plan_film
@@ -86,12 +86,18 @@ class Recipe:
 
 
 def load_recipe(store: Store) -> Recipe:
-    """The recipe of the render in this store. Raises SettingError if there is none."""
+    """The recipe of the render in this store. Raises SettingError if there is none, or none that can be read."""
     try:
-        return Recipe.from_json(json.loads(store.read(RECIPE_FILE)))
+        data = store.read(RECIPE_FILE)
     except FileNotFoundError:
         remedy = "Name the folder of a render, or its storyboard."
         raise SettingError("no render here", field="--store", value=store.url, remedy=remedy) from None
+    try:
+        return Recipe.from_json(json.loads(data))
+    except (ValueError, KeyError, TypeError, SpecError) as error:
+        message = f"its {RECIPE_FILE} is damaged, or another version of longtake wrote it ({first_line(error)})"
+        remedy = "Use that version, or `longtake render` its storyboard: that writes a new one, and goes on."
+        raise SettingError(message, field="--store", value=store.url, remedy=remedy) from error
 
 
 def make_plan(recipe: Recipe, overrides: Overrides | None = None) -> Plan:

@@ -135,7 +135,7 @@ def prepare(request: RenderRequest) -> Prepared:
         takes=request.takes,
         versions=software_versions(),
     )
-    state = LedgerState() if request.fresh else Ledger(store).load()
+    state = LedgerState() if request.fresh else Ledger(store, on_wait=_say_waiting).load()
     plan = make_plan(recipe, state.overrides)
     if not request.redo:
         if request.refine_only:
@@ -166,6 +166,10 @@ def render(request: RenderRequest) -> int:
         finally:
             display.close()
         return _conclude(outcome, prepared.store, target, display, request, time.monotonic() - started_s)
+
+
+def _say_waiting(why: str) -> None:
+    print(f"waiting: {why}", file=sys.stderr)
 
 
 def ask_redo(prepared: Prepared) -> Taken:
@@ -209,7 +213,7 @@ def _refuse_second(store: Store) -> None:
     holder's heartbeat tells; taking the lease watches that.
     """
     until_s = time.monotonic() + ORPHAN_WAIT_S
-    while (holder := Ledger(store).holder()) is not None:
+    while (holder := Ledger(store, on_wait=_say_waiting).holder()) is not None:
         try:
             refuse_if_live(store, holder, this_process(), watch_s=0.0, sleep=time.sleep)
             return
@@ -297,6 +301,8 @@ def _follow(job: RenderJob, display: Display, stop: Stop) -> Outcome:
         if news.summary is not None:
             display.progress(news.summary)
         if news.outcome is not None:
+            # At once: a call to a store that does not answer may still hold its process.
+            ray.kill(orchestrator)
             return news.outcome
 
 

@@ -245,8 +245,12 @@ class Ledger:
         return epoch
 
     def renew_lease(self) -> None:
-        """Heartbeat, wanted every 10 s. Raises LeaseLost if somebody else has taken over."""
+        """Heartbeat, wanted every 10 s. Raises LeaseLost if somebody else has taken over, or nothing of it is left: its
+        folder was removed, or is no longer the one that is seen there (a file system that was unmounted).
+        """
         self.check_lease()
+        if self._patiently(lambda: self.store.head(lease_path(self.epoch))) is None:
+            raise LeaseLost(f"{self.store.url} is not the folder it was: the render's own lease is not there any more")
         self._beats += 1
         beat = str(self._beats).encode()
         self._patiently(lambda: self.store.put_replace(beat_path(self.epoch), beat))
@@ -300,7 +304,11 @@ class Ledger:
                     problems.append(f"{path}: {error}")
                 continue
             for value in body["entries"]:
-                yield body["at_s"], entry_from_json(value)
+                try:
+                    entry = entry_from_json(value)
+                except (KeyError, TypeError) as error:
+                    raise _foreign(path) from error
+                yield body["at_s"], entry
         for epoch, at_s in ahead:
             yield at_s, StartedOver(epoch)
 
@@ -504,12 +512,20 @@ def _numerics_path(cut: int) -> str:
 
 
 def _parse_commit(data: bytes, task_id: str) -> CommitRecord | None:
-    """The task's commit record, None if it is torn."""
+    """The task's commit record, None if it is torn. Raises SettingError for a whole one that is not understood."""
     try:
         record = commit_from_json(unseal(data))
-    except (TornRecord, KeyError, TypeError):
+    except TornRecord:
         return None
+    except (KeyError, TypeError) as error:
+        raise _foreign(commit_path(task_id)) from error
     return record if record.task_id == task_id else None
+
+
+def _foreign(path: str) -> SettingError:
+    """The error for a record that is whole and of a later version: to take it for torn would do its work again."""
+    remedy = "Go on with that version, or name another --store."
+    return SettingError("was written by another version of longtake", field=path, remedy=remedy)
 
 
 def _is_older(record: CommitRecord | None, cut: int) -> bool:

@@ -170,8 +170,10 @@ def _sound(bench: Workbench, path: Path, length_s: Fraction) -> Any:
 
 def _tags_text(tags: Mapping[str, str]) -> str:
     """ffmpeg's metadata file. A file, because a long recipe does not fit on a command line."""
-    lines = [f"{key}={_escaped(value)}" for key, value in tags.items() if value]
-    return "\n".join([";FFMETADATA1", *lines, ""])
+    # ffmpeg takes a line that ends in a backslash to go on in the next one, escaped or not: such a value comes last.
+    ordered = sorted(tags.items(), key=lambda tag: tag[1].endswith("\\"))
+    lines = [f"{key}={_escaped(value)}" for key, value in ordered if value]
+    return "\n".join([";FFMETADATA1", *lines])
 
 
 def read_tags(film: Path, ffmpeg: Ffmpeg) -> dict[str, str]:
@@ -190,7 +192,8 @@ def read_tags(film: Path, ffmpeg: Ffmpeg) -> dict[str, str]:
 
 
 def _escaped(plain: str) -> str:
-    return re.sub(r"([=;#\\\n])", r"\\\1", plain)
+    # Where one of these two stands ffmpeg ends the value.
+    return re.sub(r"([=;#\\\n])", r"\\\1", re.sub(r"[\0\r]", " ", plain))
 
 
 def _plain(escaped: str) -> str:

@@ -12,7 +12,6 @@ what the film shows of them, `estimate` time and space.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -69,7 +68,7 @@ from pipeline.plan_tasks import (
     refine_weights,
 )
 from pipeline.plan_units import Cut, Joined, add_film, make_cut
-from pipeline.spec import Storyboard, storyboard_error
+from pipeline.spec import Storyboard, name_of, storyboard_error
 from pipeline.takes import ShotPlace, Take, lay_out, places_by_id, rates_of, seconds_in_shot
 from pipeline.tasks import Task
 from pipeline.times import format_bytes, hms, timecode
@@ -356,8 +355,7 @@ def _media_files(spec: Storyboard, facts: Facts) -> dict[str, str]:
 
 def _output_path(spec: Storyboard, cut: Cut, *, is_preview: bool) -> str:
     """Where the film goes; a preview never takes the film's own name."""
-    slug = "-".join(re.findall(r"[a-z0-9]+", spec.title.lower()))[:60] or "film"
-    path = spec.output.path or f"{slug}.{spec.output.container}"
+    path = spec.output.path or f"{name_of(spec.title)}.{spec.output.container}"
     if not is_preview:
         return path
     stem = path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path

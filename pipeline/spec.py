@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+import unicodedata
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -121,6 +124,12 @@ def _transition_fields(value: object) -> object:
     return value
 
 
+def _file_name(value: str) -> str:
+    if "\0" in value:
+        raise refuse("is no name of a file", "Take the NUL character out.")
+    return value
+
+
 _Text = Annotated[str, Field(max_length=20_000)]
 _Written = PlainSerializer(str, return_type=str)
 _Moment = Annotated[Duration, PlainValidator(parse_duration, json_schema_input_type=float | str), _Written]
@@ -130,7 +139,7 @@ _PictureSize = Annotated[
     FrameSize, PlainValidator(parse_frame_size, json_schema_input_type=str | list[int]), _Written
 ]
 _Id = Annotated[str, PlainValidator(parse_id, json_schema_input_type=str)]
-_Path = Annotated[str, Field(min_length=1, max_length=4096)]
+_Path = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_file_name)]
 
 
 class _Strict(BaseModel):
@@ -275,6 +284,12 @@ class Storyboard(_Strict):
     def as_written(self) -> dict[str, Any]:
         """What `parse_spec` reads back into an equal storyboard: JSON-able, defaults left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def name_of(title: str) -> str:
+    """What a title's folder and film are called: its letters and digits in whatever script, joined by dashes."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", title).lower())
+    return "-".join(words)[:60] or "film"
 
 
 def load_spec(path: str | Path) -> Storyboard:

@@ -22,10 +22,10 @@ from cluster.placement import place_workers
 from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
 from cluster.publish import units_so_far
-from cluster.recipe import Recipe, load_recipe, make_plan
+from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.render import useful_workers
 from cluster.scratch import make_folder
-from pipeline.errors import SettingError, first_line
+from pipeline.errors import SettingError, StoreError, first_line
 from pipeline.events import Fault, NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
 from pipeline.spec import parse_spec
@@ -115,6 +115,16 @@ def test_the_default_store_is_named_after_the_title_or_the_file() -> None:
     assert default_store(recipe().spec, Path("x/film.yaml")) == "renders/two"
     untitled = parse_spec(json.dumps({"shots": [{"duration": "1s", "prompt": "a"}]}))
     assert default_store(untitled, Path("x/My Film!.yaml")) == "renders/my-film"
+
+
+def test_films_titled_in_any_script_have_places_of_their_own() -> None:
+    def names(title: str) -> tuple[str, str]:
+        order = recipe(spec=recipe().spec.model_copy(update={"title": title}))
+        return default_store(order.spec, Path("x.yaml")), make_plan(order).output_path
+
+    assert names("\u65e5\u672c \u6620\u753b") == ("renders/\u65e5\u672c-\u6620\u753b", "\u65e5\u672c-\u6620\u753b.mp4")
+    assert names("U\u0308ber_uns!") == ("renders/\u00fcber-uns", "\u00fcber-uns.mp4")
+    assert names("../..") == ("renders/film", "film.mp4")
 
 
 # Events and what is shown of them
@@ -390,6 +400,56 @@ def test_a_gpu_on_which_no_worker_starts_ends_a_render_only_if_there_is_no_other
     outcome = asyncio.run(render())
     assert (outcome.exit_code, len(made) >= 20) == ((75, True) if others else (1, False))
     assert ("CUDA unknown error" in outcome.message) is not others
+
+
+def test_a_stop_does_not_wait_for_a_store_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.orchestrator.STORE_LIMIT_S", 0.2)
+    place = place_workers({"CPU": 1.0}, device="cpu", workers=1, threads=None, useful=1)
+    told: list[str] = []
+
+    def silent(self: LocalStore, path: str) -> None:
+        raise StoreError("no answer")
+
+    async def run_and_stop() -> Outcome:
+        orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), place, settings=None))  # type: ignore[arg-type]
+        running = asyncio.create_task(orchestrator.run())
+        while not told:
+            told.extend(event["message"] for event in orchestrator._story.events if event["event"] == "waiting")
+            await asyncio.sleep(0.01)
+        await orchestrator.stop(130)
+        outcome = await asyncio.wait_for(running, 60)
+        await asyncio.to_thread(orchestrator._io.shutdown)  # Nothing of it goes on in its thread.
+        return outcome
+
+    monkeypatch.setattr(LocalStore, "list", silent)
+    outcome = asyncio.run(run_and_stop())
+    assert outcome.exit_code == 130 and "the same command continues" in outcome.message
+    assert "no answer" in told[0]
+
+
+def test_a_recipe_that_cannot_be_read_is_told_with_what_to_do(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    recipe().put(store)
+    whole = json.loads(store.read(RECIPE_FILE))
+    later = {**whole, "checkpoint": {**whole["checkpoint"], "render": {**whole["checkpoint"]["render"], "later": 1}}}
+    for damaged in (b'{"spec": ', b"[1]", json.dumps(later).encode(), json.dumps({**whole, "spec": {"a": 1}}).encode()):
+        store.put_replace(RECIPE_FILE, damaged)
+        with pytest.raises(SettingError, match="damaged, or another version") as raised:
+            load_recipe(store)
+        assert raised.value.value == store.url and "longtake render" in raised.value.remedy
+
+
+def test_what_kernels_and_attention_are_computed_with_is_said(tmp_path: Path) -> None:
+    place = place_workers({"CPU": 1.0}, device="cpu", workers=1, threads=None, useful=1)
+    orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), place, settings=None))  # type: ignore[arg-type]
+    orchestrator._ledger.take_lease()
+    numerics = {"device": "cuda H100", "attention_backend": "triton", "ffmpeg": "9.0.2"}
+    for _ in range(2):
+        orchestrator._pin(numerics)
+    lines = [text for event in orchestrator._story.events if (text := event_text(event))]
+    assert lines == ["computing on cuda H100; attention and other kernels: triton; ffmpeg 9.0.2"]
 
 
 def test_an_error_is_told_in_one_line() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -255,6 +256,30 @@ def test_attempts_of_which_nobody_wrote_the_end_stay_charged() -> None:
     log.apply(AttemptFailed("segment-1", 4, 4, "lost", "node gone", "n1"))
     assert log.deaths == 0
     assert log.transient == 0
+
+
+def test_records_of_a_later_version_are_not_taken_for_damaged_ones(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    record = _commit(ledger, "text-1")
+    path = "commits/text-1.json"
+    store.put_replace(path, seal({**commit_to_json(record), "later": 1}))
+    for look in (Ledger(store).load, Ledger(store).verify):
+        with pytest.raises(SettingError, match="another version of longtake"):
+            look()
+    store.put_replace(path, seal(commit_to_json(record)))
+    assert set(Ledger(store).load().commits) == {"text-1"}
+    store.create_if_absent("journal/00000001-00000099.json", seal({"at_s": 1.0, "entries": [{"entry": "later"}]}))
+    with pytest.raises(SettingError, match="another version of longtake"):
+        Ledger(store).load()
+
+
+def test_a_render_whose_folder_has_gone_stops_writing(store: LocalStore) -> None:
+    ledger = _ledger(store)
+    ledger.renew_lease()
+    shutil.rmtree(store.root)
+    with pytest.raises(LeaseLost, match="not the folder it was"):
+        ledger.renew_lease()
+    assert not store.root.exists(), "and does not make another one"
 
 
 # Commits

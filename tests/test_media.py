@@ -661,6 +661,17 @@ def test_a_film_carries_its_recipe_until_stripped_and_the_mark_for_ever(
     assert numbers_in(bare, ff) == list(range(14))
 
 
+@pytest.mark.parametrize(
+    ("title", "kept"), [("C:\\", "C:\\"), ("a\\\n\\", "a\\\n\\"), ("a\0b\rc", "a b c"), ("a=\\\\", "a=\\\\")]
+)
+def test_no_title_takes_the_mark_or_the_recipe_away(ff: media.Ffmpeg, tmp_path: Path, title: str, kept: str) -> None:
+    unit, film = encode(tmp_path / "a.mp4", numbered(0, 3), ff), tmp_path / "film.mp4"
+    how = {"fps": NTSC, "codec": params("h264", "mp4"), "ffmpeg": ff}
+    media.concatenate([unit], film, **how, title=title, recipe='{"a": 1}')  # type: ignore[arg-type]
+    tags = media.read_tags(film, ff)
+    assert (tags["comment"], tags["title"], media.read_recipe(film, ff)) == (media.AI_MARK, kept, '{"a": 1}')
+
+
 def test_a_damaged_recipe_and_a_foreign_film_are_refused(ff: media.Ffmpeg, tmp_path: Path) -> None:
     unit = encode(tmp_path / "a.mp4", numbered(0, 3), ff)
     with pytest.raises(InputFileError, match="no recipe"):

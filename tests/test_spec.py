@@ -131,6 +131,7 @@ def test_the_error_survives_pickling_with_all_its_problems() -> None:
         ({"loras": [{"file": "a.safetensors", "strength": "x"}]}, "loras[0].strength", "number"),
         ({"output": {"crf": 52}}, "output.crf", "0 (best) to 51"),
         ({"output": {"codec": "prores", "path": "a.mov", "crf": 10}}, "output.crf", "Remove"),
+        ({"output": {"path": "a\0.mp4"}}, "output.path", "NUL"),
         ({"output": {"path": "a.gif"}}, "output.path", ".mp4 or .mov or .mkv"),
         ({"output": {"codec": "ffv1", "path": "a.mp4"}}, "output.path", ".mkv"),
         ({"output": {"codec": "prores", "path": "a.mkv"}}, "output.path", ".mov"),
