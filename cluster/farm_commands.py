@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from cluster.download import download_film
+from cluster.placement import device_for
 from cluster.preflight import check_before_rendering
 from cluster.progress import format_seconds, make_display
 from cluster.render import Prepared, RenderRequest, prepare, put_media
@@ -75,7 +76,7 @@ def start_farm(cluster: Cluster, **wishes: Any) -> int:
     """Start the cluster's farm, or say that it runs. (A session keeps stdout to itself: print after it.)"""
     with _connected(cluster):
         settings = _start_farm(**wishes)
-    print(f"the farm runs, its books are in {settings.store_url}")
+    print(f"the farm runs on {settings.device}, its books are in {settings.store_url}")
     return 0
 
 
@@ -314,11 +315,14 @@ def _start_farm(store: str | None = None, device: str = "auto", **wishes: Any) -
     """Start the farm if none runs; the settings of the one that does."""
     import ray
 
-    from cluster.farm import FarmSettings, farm_actor
+    from cluster.farm import FarmSettings, farm_actor, running_farm
 
+    with contextlib.suppress(SettingError):
+        there = running_farm()
+        return Ask(there)(there.hello.remote())
     url = books_url(store)
     if device == "auto":
-        device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+        device = device_for(ray.cluster_resources())
     slots = wishes.pop("slots", None) or ("GPU" if device == "cuda" else "CPU")
     given = {name: value for name, value in wishes.items() if value is not None}
     ffmpeg = os.environ.get("LONGTAKE_FFMPEG")

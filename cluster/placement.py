@@ -68,11 +68,30 @@ def place_workers(
     if gang_size > 1:
         # A gang for each chain, beside those that refine what the chains have made.
         useful += gang_size * chains
-    if device != "cpu" and gpus:
+    if device == "auto":
+        device = device_for(resources)
+    if device == "cuda":
         place = _on_gpus(gpus, workers, threads or GPU_HOST_THREADS, useful)
     else:
         place = _on_cpus(int(resources.get("CPU", 0)), workers, threads or 1, useful)
     return place if gang_size == 1 else _with_gangs(place, gang_size, chains)
+
+
+def device_for(resources: Mapping[str, float]) -> Device:
+    """What the workers of a cluster compute on if nobody says it.
+
+    Raises SettingError for one that has no workers yet. Those that its autoscaler starts may have GPUs, which Ray does
+    not tell: on their processors a film would take weeks.
+    """
+    if resources.get("GPU", 0) >= 1:
+        return "cuda"
+    if resources.get("CPU", 0) > 0:
+        return "cpu"
+    remedy = (
+        "Say what they will compute on: `longtake farm start --device cuda`, or `longtake render` with `--device cuda` "
+        "and `--workers N`, which waits for them."
+    )
+    raise SettingError("the cluster has no workers yet", field="--device", value="auto", remedy=remedy)
 
 
 def _with_gangs(place: Placement, gang_size: int, chains: int) -> Placement:

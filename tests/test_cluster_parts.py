@@ -18,7 +18,7 @@ import pytest
 from cluster.door import Door
 from cluster.job import Failed, Greeting, Outcome, RenderJob, WorkerSettings
 from cluster.orchestrator import Member, Orchestrator, Story, fate_of, lost_worker
-from cluster.placement import place_workers
+from cluster.placement import device_for, place_workers
 from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
 from cluster.publish import units_so_far
@@ -49,6 +49,16 @@ def test_one_worker_for_each_gpu_and_no_more_than_are_useful() -> None:
     place = place_workers(resources, device="auto", workers=None, threads=None, useful=5)
     assert (place.device, place.dtype, place.workers, place.num_gpus) == ("cuda", "bfloat16", 5, 1.0)
     assert place_workers(resources, device="auto", workers=8, threads=None, useful=5).workers == 8
+
+
+def test_a_cluster_without_workers_is_not_taken_for_one_without_gpus() -> None:
+    """An idle one that scales is nothing but its head, which has no processors for workers."""
+    idle = {"memory": 1e9, "node:__internal_head__": 1.0}
+    with pytest.raises(SettingError, match="no workers yet") as refused:
+        place_workers(idle, device="auto", workers=None, threads=None, useful=5)
+    assert "--device cuda" in refused.value.remedy
+    assert place_workers(idle, device="cpu", workers=None, threads=None, useful=5).device == "cpu", "it was said"
+    assert (device_for({"CPU": 8.0}), device_for({"CPU": 8.0, "GPU": 1.0})) == ("cpu", "cuda")
 
 
 def test_cpu_workers_have_one_thread_each_whatever_the_machine() -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.chaos.farm_place import FarmPlace, patiently, write_film
-from tests.chaos.stage import ROOT, until
+from tests.chaos.stage import LIMIT_S, ROOT, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
@@ -115,7 +115,12 @@ def test_machines_come_when_a_render_wants_them_and_go_when_none_does(
 
         gcs = GcsClient(address=address)
         place = FarmPlace(tmp_path, address)
-        place.ask("farm", "start", "--farm-store", str(place.books), "--device", "cpu", "--idle", "1s")
+        start = ("farm", "start", "--farm-store", str(place.books), "--idle", "1s")
+        for words in (start, ("submit", "usual.yaml", "--store", "renders/scaled"), ("render", "usual.yaml")):
+            refused = place.start(*words)
+            said = refused.communicate(timeout=LIMIT_S)[1]
+            assert refused.returncode == 2 and "no workers yet" in said, "the machines that may come have GPUs"
+        place.ask(*start, "--device", "cpu")
         assert nodes(gcs) == 0, "nobody wants anything"
         render_id = place.submit("usual", "scaled")
         until(lambda: nodes(gcs), "a machine comes")
