@@ -428,6 +428,19 @@ def test_int8_product_is_exact_before_scaling(m, n, k, bias, descriptors):
     assert relative_error(out, full + (0 if offset is None else offset.double())) < 0.02
 
 
+def test_a_weight_is_read_in_int8_for_few_rows_and_expanded_for_many(monkeypatch):
+    weight, scale = linear_reference.quantise_rows(seeded(40, 32, seed=1), torch.int8)
+    expanded, expand = [], linear_reference.linear_expanded
+    monkeypatch.setattr(linear_reference, "linear_expanded", lambda *a: expanded.append(a[0].shape) or expand(*a))
+    for rows, runs in ((linear_api.MANY_ROWS // 2 - 1, "triton_tma"), (linear_api.MANY_ROWS // 2, "expanded")):
+        x = seeded(2, rows, 32)
+        assert linear_api.backend(x, weight) == runs
+        wanted = x.double() @ (weight.double() * scale.double()[:, None]).t()
+        assert relative_error(linear_api.linear_weight_only(x, weight, scale), wanted) < 2e-6
+    assert expanded == [(linear_api.MANY_ROWS, 32)]
+    assert linear_api.backend(linear_api.quantise_rows(x, torch.int8), weight) == "triton_tma"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize(("m", "n", "k", "bias"), [(37, 40, 80, True), (130, 130, 72, False)])

@@ -160,6 +160,18 @@ def test_weight_only_expands_a_few_rows_at_a_time(monkeypatch):
     assert max(largest) == 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_weight_expanded_in_parts_gives_the_product_with_the_whole(monkeypatch, dtype, biased):
+    monkeypatch.setattr(linear_reference, "_EXPANDED_BYTES_CUDA", 7 * 64 * dtype.itemsize)
+    x, (weight, scale) = seeded(50, 64).to(dtype), linear_reference.quantise_rows(seeded(48, 64, seed=1), torch.int8)
+    bias = seeded(48, seed=2) if biased else None
+    out = linear_reference.linear_expanded(x, weight, scale, bias)
+    wanted = F.linear(x.double(), weight.double() * scale.double()[:, None], None if bias is None else bias.double())
+    assert out.dtype == dtype
+    assert ((out - wanted).norm() / wanted.norm()).item() < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
 def test_int8_sums_are_exact_where_fp32_would_round():
     x = (200 * seeded(8, 20_000)).round().clamp(-127, 127)
     x[:, 0] = 127

@@ -15,8 +15,12 @@ from torch import Tensor
 from kernels.dispatch import INTERPRETED, capability, has_descriptors, takes_kernel
 from kernels.linear import reference
 
-Backend = Literal["triton_tma", "triton", "scaled_mm", "reference"]
+Backend = Literal["triton_tma", "triton", "scaled_mm", "expanded", "reference"]
 QUANTISED_TYPES = (torch.int8, torch.float8_e4m3fn)
+
+# A weight-only product of so many rows is limited by computing, where torch's own kernels are the fastest; one of fewer
+# by reading the weight, which the Triton kernel reads in int8.
+MANY_ROWS = 2048
 
 
 class QuantisedRows(NamedTuple):
@@ -62,7 +66,7 @@ def linear_quantised(
 
 @torch.no_grad()
 def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """int8 weight, products in the type of x; the wide weight never exists as a whole."""
+    """int8 weight, products in the type of x; at most a part of the weight exists in that type."""
     _check(x, weight, weight_scale)
     if weight.dtype != torch.int8:
         raise ValueError(f"weight: {weight.dtype}, wanted int8")
@@ -77,16 +81,19 @@ def quantise_weight_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backend(x: Activations, weight: Tensor) -> Backend:
-    """What runs for these activations and this weight.
+    """What runs for these activations and this weight; activations that are a tensor are those of a weight-only product
+    where the weight is int8.
 
     int8: the Triton kernels where Triton runs, with TMA descriptors where the device has them (and rows are 16-byte
-    aligned). fp8: cuBLAS (`torch._scaled_mm`) from compute capability 8.9 on, where K and N are multiples of 16. The
-    reference elsewhere.
+    aligned); weight-only from MANY_ROWS on: torch's product with parts of the weight, "expanded". fp8: cuBLAS
+    (`torch._scaled_mm`) from compute capability 8.9 on, where K and N are multiples of 16. The reference elsewhere.
     """
     values = x if isinstance(x, Tensor) else x.values
     if weight.dtype == torch.int8:
         if not takes_kernel(values.new_empty(0, dtype=x.dtype)):
             return "reference"
+        if isinstance(x, Tensor) and x.numel() >= MANY_ROWS * x.shape[-1]:
+            return "expanded"
         return "triton_tma" if has_descriptors(values) else "triton"
     fits = values.is_cuda and not INTERPRETED and all(size % 16 == 0 for size in weight.shape)
     return "scaled_mm" if fits and capability(values) >= (8, 9) else "reference"
@@ -138,6 +145,8 @@ def _(
 
 @torch.library.custom_op("longtake::linear_weight_only", mutates_args=())
 def _weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    if backend(x, weight) == "expanded":
+        return reference.linear_expanded(x, weight, weight_scale, bias)
     from kernels.linear import triton_impl
 
     return triton_impl.linear_weight_only(x, weight, weight_scale, bias, descriptors=has_descriptors(x))
