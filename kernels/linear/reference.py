@@ -51,8 +51,8 @@ def linear_weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Te
 
 
 def linear_expanded(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for many rows on a GPU, where it costs next to nothing to bring a part of the weight to the type of x: the
-    product, by far the longer, is then torch's own. The scale goes into the part."""
+    """The same for many rows on a GPU, where it costs next to nothing to bring a part of the weight to the type of x:
+    the product, by far the longer, is then torch's own. The scale goes into the part."""
     (m, k), n = x.shape, weight.shape[0]
     step = min(n, max(1, _EXPANDED_BYTES_CUDA // (k * x.element_size())))
     out, room = x.new_empty(m, n), x.new_empty(step, k)
