@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import SettingError
@@ -30,6 +31,9 @@ def find_pace(checkpoint: CheckpointFacts, device: str, gpu_type: str | None = N
     device = device if gpu_type is None else "cuda"
     known = gpu_type or (kind if kind in GPU_SPEED else "h800")
     pace = measured(checkpoint.render.task_seconds, device, known)
+    if kind not in ("cpu", known) and not pace.of_checkpoint:
+        unknown = f"nothing is known of {kind}, `longtake calibrate` measures it"
+        pace = replace(pace, basis=f"{pace.basis}; {unknown}")
     folder = Path(checkpoint.path)
     return with_weights(pace, role_bytes(folder)) if checkpoint.path and folder.is_dir() else pace
 

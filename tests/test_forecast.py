@@ -169,6 +169,10 @@ def test_a_calibration_goes_before_everything_else(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     checkpoint = CheckpointFacts("", "e" * 64)
     assert find_pace(checkpoint, "cpu", "h200").basis.startswith("published")
+    monkeypatch.setattr("cluster.paces.local_gpu", lambda: "rtx4090")
+    assert "nothing is known of rtx4090" in find_pace(checkpoint, "cuda").basis, "no card is taken for an H800 unsaid"
+    monkeypatch.setattr("cluster.paces.local_gpu", lambda: "h200")
+    assert "nothing is known" not in find_pace(checkpoint, "cuda").basis
     path = pace_file(checkpoint.digest, "NVIDIA H200")
     assert path.name == "h200.json"
     path.parent.mkdir(parents=True)
