@@ -27,6 +27,7 @@ from torch import Tensor
 
 from actors.gang import Gang
 from model import errors as model_errors
+from model.manifest import is_checkpoint
 from pipeline.errors import (
     CheckpointFault,
     CorruptArtifact,
@@ -123,6 +124,19 @@ def is_full(error: OSError | MediaError) -> bool:
     if isinstance(error, MediaError):
         return os.strerror(errno.ENOSPC) in str(error)
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_same_checkpoint(folder: Path, digest: str) -> None:
+    """Whether this machine has the checkpoint that was planned with, after which all that is computed is named.
+
+    Raises CheckpointFault.
+    """
+    with mapped_errors():
+        if is_checkpoint(folder, digest):
+            return
+    message = f"on {socket.gethostname()} is another one than was planned with ({digest[:12]}...)"
+    remedy = "Put the same files there on every machine; if they were replaced meanwhile, run the command again."
+    raise CheckpointFault(message, field="checkpoint", value=str(folder), remedy=remedy)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,9 @@ def _fetch(store: Store, film: ArtifactFile, part: Path) -> None:
         have = stream.tell()
         while have < film.size_bytes:
             piece = store.read_range(film.path, have, min(PIECE_BYTES, film.size_bytes - have))
+            if not piece:
+                remedy = "`longtake verify` notes it, and the next render makes it again."
+                raise SettingError("is shorter than its record", field="ID", value=film.path, remedy=remedy)
             stream.write(piece)
             stream.flush()
             have += len(piece)

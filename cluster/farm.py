@@ -39,6 +39,7 @@ from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.session import NAMESPACE
 from pipeline.errors import LongtakeError, SettingError
 from pipeline.events import ProgressSummary
+from pipeline.facts import CheckpointFacts
 from pipeline.farm import Borrower, Lender, Load, Queued, gangs_wanted, lend, open_next, workers_wanted
 from pipeline.ledger import Ledger
 from pipeline.media_encode import ENCODER_THREADS
@@ -241,7 +242,7 @@ class Farm:
         self._wake, self._ready = asyncio.Event(), asyncio.Event()
         settings = self._settings
         self._pool = Pool(
-            self._worker_settings("", ""),
+            self._worker_settings("", CheckpointFacts("", "")),
             settings.placement,
             slots=settings.slots,
             idle_s=settings.idle_s,
@@ -274,11 +275,12 @@ class Farm:
         wanted = workers_wanted(due, [one.borrower for one in self._open.values()])
         self._pool.resize(wanted, self._settings.most_workers)
 
-    def _worker_settings(self, store_url: str, checkpoint_path: str) -> WorkerSettings:
+    def _worker_settings(self, store_url: str, checkpoint: CheckpointFacts) -> WorkerSettings:
         place = self._settings.placement
         return WorkerSettings(
             store_url=store_url or self._settings.store_url,
-            checkpoint_path=checkpoint_path,
+            checkpoint_path=checkpoint.path,
+            checkpoint_digest=checkpoint.digest,
             device=place.device,
             dtype=place.dtype,
             threads=place.threads,
@@ -320,7 +322,7 @@ class Farm:
         submission = state.submission
         recipe = Recipe.from_json(submission.recipe)
         settings = replace(
-            self._worker_settings(submission.store_url, recipe.facts.checkpoint.path), gang_size=submission.gang
+            self._worker_settings(submission.store_url, recipe.facts.checkpoint), gang_size=submission.gang
         )
         job = RenderJob(
             submission.store_url,
@@ -340,7 +342,7 @@ class Farm:
             submission.gang,
             served_s=time.time(),
         )
-        serves = Serves(settings.store_url, settings.checkpoint_path)
+        serves = Serves(settings.store_url, settings.checkpoint_path, settings.checkpoint_digest)
         self._open[render_id] = one = _Open(FarmedRender(render_id, job, self), borrower, serves)
         self._spawn(self._carry(one, state.phase == "queued"))
 

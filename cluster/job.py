@@ -17,6 +17,8 @@ class WorkerSettings:
 
     store_url: str
     checkpoint_path: str
+    checkpoint_digest: str
+    """Of what has to lie there, on the worker's machine as on the one that planned."""
     device: str
     dtype: str
     threads: int
@@ -35,6 +37,7 @@ class Serves:
 
     store_url: str
     checkpoint_path: str
+    checkpoint_digest: str
 
 
 @dataclass(frozen=True)

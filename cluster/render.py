@@ -242,6 +242,8 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
 
     recipe, store, plan = prepared.recipe, prepared.store, prepared.plan
     put_media(plan, store)
+    if request.address is None and os.environ.get("RAY_ADDRESS"):
+        display.line("rendering on this machine; --address joins a cluster, RAY_ADDRESS alone does not")
     cpus = max(_cores(), (request.workers or request.gang) * (request.threads or 1))
     # Who names a number of GPU workers means them: a cluster that is starting gets the time for it.
     gpus = (request.workers or 0) if request.device == "cuda" else 0
@@ -258,6 +260,7 @@ def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Sto
         settings = WorkerSettings(
             store_url=store.url,
             checkpoint_path=recipe.facts.checkpoint.path,
+            checkpoint_digest=recipe.facts.checkpoint.digest,
             device=placement.device,
             dtype=placement.dtype,
             threads=placement.threads,

@@ -57,6 +57,8 @@ def local_session(cpus: int) -> Iterator[Session]:
         with _environment(_local_environment(folder)):
             yield from _connected(
                 str(folder),
+                # Not the cluster that RAY_ADDRESS may name: that is joined by saying so.
+                address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,

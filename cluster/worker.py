@@ -89,7 +89,10 @@ class Worker:
 
     def _serve(self, serves: Serves | None) -> None:
         """Work for that render from now on, with the models that are loaded."""
-        if serves is None or serves == Serves(self._settings.store_url, self._settings.checkpoint_path):
+        settings = self._settings
+        if serves is None or serves == Serves(
+            settings.store_url, settings.checkpoint_path, settings.checkpoint_digest
+        ):
             return
         self._settings = replace(self._settings, **vars(serves))
         # Models that are loaded keep the store they were given, so it is that one that turns to the other render.
@@ -184,11 +187,13 @@ class Worker:
 
     def _assume(self, role: Role, weights: WeightsParams | None, memory: Memory) -> Role:
         from actors import make_actor
+        from actors.base import check_same_checkpoint
 
         if self._actor is not None:
             self._actor.close()
             self._actor = None
             gc.collect()
+        check_same_checkpoint(Path(self._settings.checkpoint_path), self._settings.checkpoint_digest)
         actor = make_actor(role)
         actor.setup(self._context(role, weights, memory))
         self._actor = actor

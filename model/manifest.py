@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import read_json
+from model.digest import checkpoint_files, digest, digest_of, file_hashes
 from model.errors import CheckpointError
 from model.shards import write_text
 
@@ -72,6 +73,29 @@ def read_manifest(folder: Path) -> Manifest | None:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is damaged ({error!r}); make the folder again") from error
+
+
+def is_checkpoint(folder: Path, expected: str) -> bool:
+    """Whether the folder's digest (model/digest.py) is `expected`, for whoever is about to load it.
+
+    What a manifest says of a file that has the size it names, and is not younger than the manifest itself, is believed.
+
+    Raises CheckpointError if the folder cannot be read.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None and digest_of(_told_hashes(folder, manifest)) == expected:
+        return True
+    return digest(folder) == expected
+
+
+def _told_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """sha256 of each file that matters, read only where the manifest cannot be believed."""
+    written_ns, told, names = (folder / MANIFEST_FILE).stat().st_mtime_ns, dict[str, str](), checkpoint_files(folder)
+    for name in names:
+        status, entry = (folder / name).stat(), manifest.files.get(name)
+        if entry is not None and status.st_size == entry.size_bytes and status.st_mtime_ns <= written_ns:
+            told[name] = entry.sha256
+    return told | file_hashes(folder, [name for name in names if name not in told])
 
 
 def file_entries(content: Mapping[str, Mapping[str, Any]]) -> dict[str, FileEntry]:

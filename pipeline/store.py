@@ -136,9 +136,13 @@ def open_store(url: str | Path) -> Store:
     text = str(url)
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme in OBJECT_SCHEMES:
-        if not urlsplit(text).netloc:
-            remedy = f"Write {scheme}://BUCKET/FOLDER."
-            raise SettingError("names no bucket", field="--store", value=text, remedy=remedy)
+        parts, remedy = urlsplit(text), f"Write {scheme}://BUCKET/FOLDER"
+        if not parts.netloc:
+            raise SettingError("names no bucket", field="--store", value=text, remedy=f"{remedy}.")
+        if "@" in parts.netloc or parts.query:
+            # Not repeated in the error either: addresses are logged and kept in books.
+            remedy += ", and put credentials into the environment (AWS_..., GOOGLE_..., AZURE_...)."
+            raise SettingError("carries more than a place", field="--store", remedy=remedy)
         from pipeline.object_store import ObjectStore
 
         return ObjectStore(text)

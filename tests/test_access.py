@@ -14,7 +14,7 @@ import pytest
 from cluster import access
 from cluster.access import answers_anyone, check_address, has_token, is_loopback, write_token
 from cluster.cli import main
-from cluster.session import _local_environment
+from cluster.session import _local_environment, local_session
 from pipeline.errors import SettingError
 
 
@@ -96,6 +96,18 @@ def test_a_local_cluster_has_a_token_of_its_own_unless_one_is_given(
     assert "RAY_AUTH_TOKEN_PATH" not in _local_environment(tmp_path)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert "RAY_AUTH_MODE" not in _local_environment(tmp_path)
+
+
+def test_a_render_of_its_own_does_not_join_the_cluster_that_the_environment_names(
+    no_token: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with local_session(2):
+        assert (asked["address"], asked["num_cpus"]) == ("local", 2)
 
 
 @pytest.fixture(params=[200, 401, 403, 500])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster.door import Door
-from cluster.job import Failed, Greeting, Outcome, RenderJob, WorkerSettings
+from cluster.job import Failed, Greeting, Outcome, RenderJob, Serves, WorkerSettings
 from cluster.orchestrator import Member, Orchestrator, Story, fate_of, lost_worker
 from cluster.placement import device_for, place_workers
 from cluster.places import default_store
@@ -25,10 +26,12 @@ from cluster.publish import units_so_far
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.render import useful_workers
 from cluster.scratch import make_folder
+from cluster.worker import Worker
+from model.digest import digest
 from pipeline.errors import SettingError, StoreError, first_line
 from pipeline.events import Fault, NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
-from pipeline.spec import parse_spec
+from pipeline.spec import Memory, parse_spec
 from pipeline.store import LocalStore
 from pipeline.store_meter import STORE_MEASURE, Meter, MeteredStore, tasks_use
 from pipeline.tasks import ArtifactFile, CommitRecord
@@ -349,7 +352,7 @@ def test_a_render_that_is_refused_leaves_the_recipe_and_the_report_of_what_was_r
             pass
 
     monkeypatch.setattr("cluster.orchestrator.Door", Worker)
-    settings = WorkerSettings(str(tmp_path), "/somewhere", "cpu", "float32", 1, None, 1, "/tmp")
+    settings = WorkerSettings(str(tmp_path), "/somewhere", "0", "cpu", "float32", 1, None, 1, "/tmp")
     written, changed = recipe(), recipe(shots=("star",))
 
     def render(order: Recipe, allow_mixed: bool = False) -> str:
@@ -397,7 +400,7 @@ def test_a_gpu_on_which_no_worker_starts_ends_a_render_only_if_there_is_no_other
             pass
 
     monkeypatch.setattr("cluster.orchestrator.Door", Worker)
-    settings = WorkerSettings(str(tmp_path), "/somewhere", "cpu", "float32", 1, None, 1, "/tmp")
+    settings = WorkerSettings(str(tmp_path), "/somewhere", "0", "cpu", "float32", 1, None, 1, "/tmp")
     orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), place, settings))
 
     async def render() -> Outcome:
@@ -410,6 +413,20 @@ def test_a_gpu_on_which_no_worker_starts_ends_a_render_only_if_there_is_no_other
     outcome = asyncio.run(render())
     assert (outcome.exit_code, len(made) >= 20) == ((75, True) if others else (1, False))
     assert ("CUDA unknown error" in outcome.message) is not others
+
+
+def test_a_worker_whose_machine_has_another_checkpoint_takes_no_role(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.worker._ignore_termination", lambda: None)
+    planned = digest(tiny_checkpoint)
+    settings = WorkerSettings(str(tmp_path), str(tiny_checkpoint), planned, "cpu", "float32", 1, None, 1, str(tmp_path))
+    worker = Worker(settings)
+    logging.getLogger().removeHandler(worker._log)
+    assert worker.assume("media", None, Memory()) == "media"
+    answer = worker.assume("media", None, Memory(), Serves(str(tmp_path), str(tiny_checkpoint), "0" * 64))
+    assert isinstance(answer, Failed) and answer.fault.kind == "user"
+    assert "another one than was planned with" in answer.fault.message and str(tiny_checkpoint) in answer.fault.message
 
 
 def test_a_stop_does_not_wait_for_a_store_that_does_not_answer(

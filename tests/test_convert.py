@@ -22,7 +22,7 @@ from model.digest import digest
 from model.dit import DiT
 from model.errors import CheckpointError, InputError
 from model.lora import load_lora, merge_lora
-from model.manifest import read_manifest
+from model.manifest import is_checkpoint, read_manifest
 from model.quantize import QuantLinear, quantize_
 from model.verify import verify
 
@@ -355,6 +355,21 @@ def test_good_folders_pass(source, target):
     assert found.files > 8
     convert(source, target, role_loras=loras_of(source))
     assert verify(target, values=True).digest == digest(target)
+
+
+def test_a_checkpoint_is_known_again_without_reading_it_unless_it_was_changed(source, target, monkeypatch):
+    convert(source, target, role_loras=loras_of(source))
+    planned, weights = digest(target), next(target.glob("roles/*/dit/*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr("model.manifest.file_hashes", lambda folder, names: dict.fromkeys(names, "read"))
+        patch.setattr("model.manifest.digest", lambda folder: "read")
+        assert is_checkpoint(target, planned), "as its manifest says"
+    assert not is_checkpoint(target, "0" * 64)
+    times, whole = weights.stat(), weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert not is_checkpoint(target, planned), "younger than the manifest, so it is read"
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert is_checkpoint(target, digest(target)), "the bytes decide where the manifest is of other ones"
 
 
 def test_flipped_bit_is_found_by_the_manifest(source, target):

@@ -73,7 +73,7 @@ async def grown(
     def spawn(work: Coroutine[Any, Any, None]) -> None:
         tasks.append(asyncio.get_running_loop().create_task(work))
 
-    settings = WorkerSettings("books", "pocket", "cpu", "float32", 1, None, 1, None)
+    settings = WorkerSettings("books", "pocket", "0", "cpu", "float32", 1, None, 1, None)
     place = FarmSettings("books").placement
     pool = Pool(settings, place, slots="CPU", idle_s=idle_s, changed=lambda: None, spawn=spawn)
     pool.nodes = nodes

@@ -25,7 +25,7 @@ from cluster.job import WorkerSettings
 from cluster.worker import Worker
 torch.backends.cudnn.benchmark = True
 before = torch.backends.cuda.matmul.allow_tf32
-worker = Worker(WorkerSettings("{tmp_path}", "/somewhere", "cpu", "float32", 1, None, 1, None))
+worker = Worker(WorkerSettings("{tmp_path}", "/somewhere", "0", "cpu", "float32", 1, None, 1, None))
 worker.greet()
 cudnn = torch.backends.cudnn
 print(before, torch.backends.cuda.matmul.allow_tf32, cudnn.benchmark, cudnn.deterministic)

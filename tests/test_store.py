@@ -152,6 +152,13 @@ def test_an_unknown_kind_of_store_is_refused() -> None:
         open_store("ftp://host/render")
 
 
+@pytest.mark.parametrize("address", ["s3://AKIA:hushhush@films/one", "az://films/one?sig=hushhush"])
+def test_an_address_with_a_secret_in_it_is_refused_and_not_repeated(address: str) -> None:
+    with pytest.raises(SettingError, match="environment") as raised:
+        open_store(address)
+    assert "hushhush" not in str(raised.value)
+
+
 # Local: races, crashes and full disks
 
 

@@ -228,6 +228,16 @@ def test_a_download_goes_on_where_it_stopped(
     assert (tmp_path / "film.mp4").read_bytes() == film
 
 
+def test_a_download_of_a_film_that_is_shorter_than_its_record_ends(
+    finished: tuple[LocalStore, bytes], tmp_path: Path
+) -> None:
+    store, film = finished
+    (path,) = (file.path for file in store.list("attempts") if file.path.startswith("attempts/film"))
+    store.put_replace(path, film[:-1])
+    with pytest.raises(SettingError, match="shorter than its record"):
+        download_film(store, tmp_path / "film.mp4")
+
+
 def test_a_film_that_is_not_there_is_not_downloaded(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "render")
     render_into(store, recipe_of({"id": "one", "duration": "6s"}), only=lambda task: task.kind == "text")
