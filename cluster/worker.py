@@ -53,6 +53,8 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         _ignore_termination()
+        if settings.device == "cuda":
+            fit_networks_in_turn()
         self._settings = settings
         self._log = WorkerLog()
         self._store = MeteredStore(open_store(settings.store_url), Meter())
@@ -240,6 +242,15 @@ def _ignore_termination() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def fit_networks_in_turn() -> None:
+    """Have torch map a card's memory page by page; before torch is imported, and unless somebody has chosen otherwise.
+
+    By itself it takes it in blocks of the sizes that were asked for. What the text encoder or the transformer leave is
+    then of little use to the VAE, and a card that is large enough for each of them runs out of memory all the same.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def set_threads(threads: int) -> None:

@@ -1,4 +1,4 @@
-"""The numerics record, and what is made the same on all machines instead of being recorded."""
+"""The numerics record, what is made the same on all machines instead, and how a worker sets torch up."""
 
 from __future__ import annotations
 
@@ -35,6 +35,26 @@ worker.dismiss()
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.split() == ["True", "False", "False", "True"]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}], ids=["nobody", "somebody"])
+def test_a_worker_on_a_gpu_has_its_memory_mapped_by_pages_unless_somebody_chose_otherwise(
+    tmp_path: Path, chosen: dict[str, str]
+) -> None:
+    """In a process of its own: torch reads the environment once. No GPU is touched."""
+    code = f"""
+from cluster.job import WorkerSettings
+from cluster.worker import Worker
+worker = Worker(WorkerSettings("{tmp_path}", "/somewhere", "0", "cuda", "bfloat16", 1, None, 1, None))
+import torch
+print(torch._C._accelerator_getAllocatorSettings())
+worker.dismiss()
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
+    environment |= {"PYTHONPATH": str(ROOT), **chosen}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == chosen.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def test_on_a_gpu_the_record_holds_cuda_s_versions_and_what_chooses_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
