@@ -100,13 +100,14 @@ def wait_for_gpus(
 ) -> dict[str, float]:
     """The cluster's resources, once they hold `gpus` GPUs or the time is over.
 
-    The nodes of a new cluster come one after another, minutes apart, and a render counts its workers once.
+    The nodes of a new cluster come one after another, minutes apart, and a render counts its workers once. If only some
+    have come when the time is over, the others are counted in: the render begins, and workers wait for their places.
     """
     waited_s = 0.0
     while (resources := dict(look())).get("GPU", 0.0) < gpus and waited_s < limit_s:
         sleep(NODES_LOOK_S)
         waited_s += NODES_LOOK_S
-    return resources
+    return resources | {"GPU": max(resources["GPU"], float(gpus))} if resources.get("GPU") else resources
 
 
 def _init_patiently(**options: Any) -> None:

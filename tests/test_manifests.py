@@ -19,6 +19,7 @@ from cluster.cli import _parser, main
 from cluster.manifests import description as shared
 from cluster.manifests.kubernetes import cron_job
 from cluster.manifests.machines import watch_command
+from cluster.placement import place_workers
 from cluster.session import wait_for_gpus
 from pipeline.crew import SAVE_S
 from pipeline.cron import parse_cron
@@ -92,6 +93,13 @@ def test_waiting_for_gpus_ends(show: Any) -> None:
     waits: list[float] = []
     assert wait_for_gpus(2, lambda: {"CPU": 4.0}, limit_s=60.0, sleep=waits.append) == {"CPU": 4.0}
     assert sum(waits) == 60.0
+
+
+def test_a_render_begins_with_the_machines_that_came_where_others_cannot_be_had() -> None:
+    """Of four spot machines three may be all that there is: they must not stand idle and be given up."""
+    resources = wait_for_gpus(32, lambda: {"GPU": 24.0}, limit_s=60.0, sleep=lambda seconds: None)
+    place = place_workers(resources, device="cuda", workers=32, threads=None, useful=57)
+    assert place.workers == 32, "eight of them wait for a place"
 
 
 @pytest.mark.parametrize("format_", ["kuberay", "rayjob"])
