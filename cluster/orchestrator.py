@@ -33,7 +33,7 @@ from cluster.publish import Publisher
 from cluster.recipe import RECIPE_FILE, make_plan
 from pipeline import events as ev
 from pipeline.carrier import asks_ledger, carry_out
-from pipeline.errors import LongtakeError, StoreError, first_line
+from pipeline.errors import LongtakeError, NumericsMismatch, StoreError, first_line
 from pipeline.ledger import Ledger
 from pipeline.machine import Machine
 from pipeline.params import WeightsParams
@@ -314,19 +314,26 @@ class Orchestrator:
             return
         except RAY_LOSSES as error:
             if worker_id in self._members:
-                await self._start_again(member, first_line(error))
+                await self._start_again(member, f"a worker did not start: {first_line(error)}")
             return
         if not isinstance(greetings, Failed):
             await self._welcome(member, greetings)
         elif greetings.fault.kind == "user":
             self._put(ev.LedgerFailed(time.monotonic(), greetings.fault))
         else:
-            await self._start_again(member, greetings.fault.message)
+            await self._start_again(member, f"a worker did not start: {greetings.fault.message}")
 
     async def _welcome(self, member: Member, greetings: tuple[Greeting, ...]) -> None:
         first = greetings[0]
         try:
             mixed = await self._io_call(lambda: self._pin(*(greeting.numerics for greeting in greetings)))
+        except NumericsMismatch as error:
+            if not self._has_company(member):
+                self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
+                return
+            # One that came in the middle, to a machine that computes differently: that ends no render either.
+            await self._start_again(member, f"a worker on {first.host} is left out: {error}")
+            return
         except LongtakeError as error:
             self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
             return
@@ -357,16 +364,20 @@ class Orchestrator:
         self._story.tell("note", message=reason, warning=True)
         await self._start_worker(size)
 
-    async def _start_again(self, member: Member, why: str) -> None:
+    async def _start_again(self, member: Member, reason: str) -> None:
         """Of eight GPUs one may be broken: as long as others compute, that ends no render."""
         self._dismiss(member.worker_id)
-        failures, size, reason = member.failures + 1, member.door.size, f"a worker did not start: {why}"
-        has_company = any(other.host and other.door.size >= size for other in self._members.values())
-        if failures >= FAILED_STARTS and not has_company:
+        failures = member.failures + 1
+        if failures >= FAILED_STARTS and not self._has_company(member):
             self._put(ev.LedgerFailed(time.monotonic(), ev.Fault("permanent", reason)))
             return
         self._story.tell("note", message=reason, warning=True)
-        await self._start_worker(size, failures)
+        await self._start_worker(member.door.size, failures)
+
+    def _has_company(self, member: Member) -> bool:
+        """Whether another worker, of its size or larger, is at work."""
+        others = (other for other in self._members.values() if other is not member and other.host)
+        return any(other.door.size >= member.door.size for other in others)
 
     async def _assign(self, member: Member, role: Role) -> None:
         self._story.tell("role", worker=member.worker_id, role=role)

@@ -18,7 +18,7 @@ import pytest
 
 from cluster.door import Door
 from cluster.job import Failed, Greeting, Outcome, RenderJob, Serves, WorkerSettings
-from cluster.orchestrator import Member, Orchestrator, Story, fate_of, lost_worker
+from cluster.orchestrator import Member, Orchestrator, Story, fate_of, lost_worker, with_precision
 from cluster.placement import device_for, place_workers
 from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
@@ -31,6 +31,7 @@ from model.digest import digest
 from pipeline.errors import SettingError, StoreError, first_line
 from pipeline.events import Fault, NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
+from pipeline.ledger import Ledger
 from pipeline.spec import Memory, parse_spec
 from pipeline.store import LocalStore
 from pipeline.store_meter import STORE_MEASURE, Meter, MeteredStore, tasks_use
@@ -370,14 +371,20 @@ def test_a_render_that_is_refused_leaves_the_recipe_and_the_report_of_what_was_r
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_gpu_on_which_no_worker_starts_ends_a_render_only_if_there_is_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool
+@pytest.mark.parametrize("fault", ["broken", "other numerics"])
+def test_a_gpu_that_cannot_take_part_ends_a_render_only_if_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool, fault: str
 ) -> None:
     monkeypatch.setattr("cluster.orchestrator.DRAIN_S", 1e9)
     monkeypatch.setattr("cluster.orchestrator.draining_nodes", dict)
     monkeypatch.setattr("cluster.orchestrator.MOST_PAUSE_S", 0.01)
     place = place_workers({"CPU": 2.0}, device="cpu", workers=2, threads=None, useful=2)
-    broken = Failed(Fault("transient", "RuntimeError: CUDA unknown error"))
+    bad = Failed(Fault("transient", "RuntimeError: CUDA unknown error")) if fault == "broken" else greeting("2")
+    said = "CUDA unknown error" if fault == "broken" else "another numerics record"
+    pinning = Ledger(LocalStore(tmp_path))
+    pinning.take_lease()
+    pinning.pin_numerics(with_precision(greeting("1")[0].numerics, Memory()))
+    pinning.release_lease()
     made: list[Worker] = []
 
     class Worker:
@@ -388,7 +395,7 @@ def test_a_gpu_on_which_no_worker_starts_ends_a_render_only_if_there_is_no_other
             self.good = others and len(made) == 1
 
         async def greet(self) -> tuple[Greeting, ...] | Failed:
-            return (Greeting("n1", "host", 1, {"torch": "1"}),) if self.good else broken
+            return greeting("1") if self.good else bad
 
         async def assume(self, *about: object) -> None:
             await asyncio.sleep(1e9)
@@ -411,8 +418,13 @@ def test_a_gpu_on_which_no_worker_starts_ends_a_render_only_if_there_is_no_other
         return await running
 
     outcome = asyncio.run(render())
-    assert (outcome.exit_code, len(made) >= 20) == ((75, True) if others else (1, False))
-    assert ("CUDA unknown error" in outcome.message) is not others
+    code = 1 if fault == "broken" else 2
+    assert (outcome.exit_code, len(made) >= 20) == ((75, True) if others else (code, False))
+    assert (said in outcome.message) is not others
+
+
+def greeting(torch_version: str) -> tuple[Greeting, ...]:
+    return (Greeting("n1", "host", 1, {"torch": torch_version}),)
 
 
 def test_a_worker_whose_machine_has_another_checkpoint_takes_no_role(
