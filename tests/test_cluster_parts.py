@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 import logging
@@ -24,11 +25,11 @@ from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
 from cluster.publish import units_so_far
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
-from cluster.render import useful_workers
+from cluster.render import put_media, useful_workers
 from cluster.scratch import make_folder
-from cluster.worker import Worker
+from cluster.worker import Worker, worker_class
 from model.digest import digest
-from pipeline.errors import SettingError, StoreError, first_line
+from pipeline.errors import InputFileError, SettingError, StoreError, first_line
 from pipeline.events import Fault, NodeDraining, PhaseProgress, ProgressSummary
 from pipeline.facts import CheckpointFacts, Facts, Overrides, RenderFacts
 from pipeline.ledger import Ledger
@@ -425,6 +426,25 @@ def test_a_gpu_that_cannot_take_part_ends_a_render_only_if_there_is_no_other(
 
 def greeting(torch_version: str) -> tuple[Greeting, ...]:
     return (Greeting("n1", "host", 1, {"torch": torch_version}),)
+
+
+def test_ray_restarts_and_repeats_nothing_of_a_render_by_itself() -> None:
+    options = worker_class()._default_options
+    assert (options["max_restarts"], options["max_task_retries"]) == (0, 0)
+
+
+def test_a_file_that_changes_between_the_plan_and_its_copy_is_not_taken(tmp_path: Path) -> None:
+    store, picture = LocalStore(tmp_path / "store"), tmp_path / "start.png"
+    picture.write_bytes(b"planned")
+    name = f"media/{hashlib.sha256(b'planned').hexdigest()}.png"
+    plan = replace(make_plan(recipe()), media={name: str(picture)})
+    picture.write_bytes(b"changed")
+    with pytest.raises(InputFileError, match="changed while it was read"):
+        put_media(plan, store)
+    assert store.head(name) is None
+    picture.write_bytes(b"planned")
+    put_media(plan, store)
+    assert store.read(name) == b"planned"
 
 
 def test_a_worker_whose_machine_has_another_checkpoint_takes_no_role(

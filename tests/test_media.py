@@ -15,6 +15,7 @@ import zlib
 from fractions import Fraction
 from pathlib import Path
 
+import ffmpeg as ffmpeg_python
 import numpy as np
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from pipeline import media
 from pipeline.errors import InputFileError, MediaError, SettingError
 from pipeline.media_child import Child, workbench
 from pipeline.media_encode import encoder_args
+from pipeline.media_read import open_input
 from pipeline.params import CodecParams
 from pipeline.spec import CODECS
 from pipeline.spec_values import parse_rate
@@ -659,6 +661,17 @@ def test_a_film_carries_its_recipe_until_stripped_and_the_mark_for_ever(
     before, after = media.probe(film, ff), media.probe(bare, ff)
     assert (before.times_s, before.has_audio) == (after.times_s, after.has_audio)
     assert numbers_in(bare, ff) == list(range(14))
+
+
+def test_ffmpeg_is_told_the_format_that_a_file_was_recognised_by_and_opens_nothing_else(
+    ff: media.Ffmpeg, tmp_path: Path
+) -> None:
+    film = encode(tmp_path / "playlist.m3u8", numbered(0, 3), ff, params("h264", "mp4")).path
+    with workbench() as bench:
+        words = ffmpeg_python.compile(open_input(bench, film)["V:0"].output("pipe:1", format="null"))
+    told = words[: words.index("-i")]
+    assert told[told.index("-f") + 1] == "mov" and told[told.index("-protocol_whitelist") + 1] == "file,pipe"
+    assert not any("playlist" in word for word in words)
 
 
 @pytest.mark.parametrize(

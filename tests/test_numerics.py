@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from actors.numerics import describe_numerics
+from pipeline.ledger import compare_numerics
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +56,16 @@ worker.dismiss()
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == chosen.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def test_whatever_of_a_worker_may_change_a_bit_is_in_the_record() -> None:
+    about = {"dtype": "float32", "threads": 1, "encoder_threads": 1, "gang_size": 1}
+    record = describe_numerics("cpu", ffmpeg=None, **about)  # type: ignore[arg-type]
+    for changed in ({"dtype": "bfloat16"}, {"threads": 2}, {"encoder_threads": 2}, {"gang_size": 2}):
+        other = describe_numerics("cpu", ffmpeg=None, **about | changed)  # type: ignore[arg-type]
+        assert [difference.split(":")[0] for difference in compare_numerics(record, other)] == list(changed)
+    assert {"recipe", "device", "attention_backend", "ffmpeg"} <= record.keys()
+    assert {"torch", "transformers", "tokenizers", "numpy", "pillow", "triton"} <= record["libraries"].keys()
 
 
 def test_on_a_gpu_the_record_holds_cuda_s_versions_and_what_chooses_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,36 @@ def test_a_creator_who_is_overtaken_in_the_last_moment_does_not_overwrite(
     assert store.read("lease/2.json") == b"rival"
 
 
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[str, str]] = []
+    fsync, link, replace = os.fsync, os.link, os.replace
+
+    def flush(handle: int) -> None:
+        steps.append(("flushed", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def named(original: Callable[..., None]) -> Callable[..., None]:
+        def call(source: Any, target: Any) -> None:
+            assert ("flushed", str(source)) in steps
+            original(source, target)
+            steps.append(("named", str(target)))
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "link", named(link))
+    monkeypatch.setattr(os, "replace", named(replace))
+    store = LocalStore(tmp_path / "render")
+    for path, write in (("commits/a.json", store.create_if_absent), ("attempts/b/c.bin", store.write_attempt)):
+        steps.clear()
+        write(path, b"data")
+        target = store.root / path
+        assert steps[-2:] == [("named", str(target)), ("flushed", str(target.parent))]
+        assert ("flushed", str(target.parent.parent)) in steps, "the name of a new folder, too"
+
+
 class ProcessGone(BaseException):
     """Stands for SIGKILL: nothing after it is executed."""
 
