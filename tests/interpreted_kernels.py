@@ -430,6 +430,7 @@ def test_int8_product_is_exact_before_scaling(m, n, k, bias, descriptors):
 
 def test_a_weight_is_read_in_int8_for_few_rows_and_expanded_for_many(monkeypatch):
     weight, scale = linear_reference.quantise_rows(seeded(40, 32, seed=1), torch.int8)
+    monkeypatch.setattr(linear_api, "MANY_ROWS", 64)
     expanded, expand = [], linear_reference.linear_expanded
     monkeypatch.setattr(linear_reference, "linear_expanded", lambda *a: expanded.append(a[0].shape) or expand(*a))
     for rows, runs in ((linear_api.MANY_ROWS // 2 - 1, "triton_tma"), (linear_api.MANY_ROWS // 2, "expanded")):

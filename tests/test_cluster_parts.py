@@ -455,6 +455,7 @@ def test_a_worker_whose_machine_has_another_checkpoint_takes_no_role(
     settings = WorkerSettings(str(tmp_path), str(tiny_checkpoint), planned, "cpu", "float32", 1, None, 1, str(tmp_path))
     worker = Worker(settings)
     logging.getLogger().removeHandler(worker._log)
+    logging.captureWarnings(False)
     assert worker.assume("media", None, Memory()) == "media"
     answer = worker.assume("media", None, Memory(), Serves(str(tmp_path), str(tiny_checkpoint), "0" * 64))
     assert isinstance(answer, Failed) and answer.fault.kind == "user"

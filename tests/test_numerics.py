@@ -22,8 +22,10 @@ def test_a_worker_computes_fp32_in_fp32_and_lets_no_clock_choose_whatever_its_en
     """In a process of its own: torch reads the environment when it is imported."""
     code = f"""
 import torch
+import cluster.worker
 from cluster.job import WorkerSettings
 from cluster.worker import Worker
+cluster.worker.ray = None  # asked for a node, it would start a cluster; what is looked at here comes before that
 torch.backends.cudnn.benchmark = True
 before = torch.backends.cuda.matmul.allow_tf32
 worker = Worker(WorkerSettings("{tmp_path}", "/somewhere", "0", "cpu", "float32", 1, None, 1, None))

@@ -68,6 +68,7 @@ def test_what_was_before_starting_over_is_not_told() -> None:
 
 @pytest.fixture
 def log() -> Iterator[WorkerLog]:
+    logging.captureWarnings(False)  # taken by a log of another test, they would not come to this one
     made = WorkerLog()
     yield made
     logging.getLogger().removeHandler(made)
