@@ -302,7 +302,7 @@ class Orchestrator:
         """Start one worker of `size` processes, compare their numerics with the render's, and let it join. After
         `failures` in a row in its place it gets time: its GPU may be broken.
         """
-        await asyncio.sleep(min(2.0**failures, MOST_PAUSE_S) if failures else 0.0)
+        await asyncio.sleep(min(2.0 ** min(failures, 16), MOST_PAUSE_S) if failures else 0.0)
         self._started += 1
         worker_id = f"w{self._started}"
         member = Member(worker_id, Door(self._job.settings, self._job.placement, size), failures=failures)
@@ -310,18 +310,18 @@ class Orchestrator:
         try:
             greetings = await asyncio.wait_for(member.door.greet(), START_LIMIT_S)
         except TimeoutError:
-            await self._wait_for_place(worker_id, size)
+            self._wait_for_place(worker_id, size)
             return
         except RAY_LOSSES as error:
             if worker_id in self._members:
-                await self._start_again(member, f"a worker did not start: {first_line(error)}")
+                self._start_again(member, f"a worker did not start: {first_line(error)}")
             return
         if not isinstance(greetings, Failed):
             await self._welcome(member, greetings)
         elif greetings.fault.kind == "user":
             self._put(ev.LedgerFailed(time.monotonic(), greetings.fault))
         else:
-            await self._start_again(member, f"a worker did not start: {greetings.fault.message}")
+            self._start_again(member, f"a worker did not start: {greetings.fault.message}")
 
     async def _welcome(self, member: Member, greetings: tuple[Greeting, ...]) -> None:
         first = greetings[0]
@@ -332,7 +332,7 @@ class Orchestrator:
                 self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
                 return
             # One that came in the middle, to a machine that computes differently: that ends no render either.
-            await self._start_again(member, f"a worker on {first.host} is left out: {error}")
+            self._start_again(member, f"a worker on {first.host} is left out: {error}")
             return
         except LongtakeError as error:
             self._put(ev.LedgerFailed(time.monotonic(), ev.fault_of(error)))
@@ -350,21 +350,21 @@ class Orchestrator:
         mixed = set[str]()
         for numerics in members:
             record = with_precision(numerics, self._memory)
+            mixed |= set(self._ledger.pin_numerics(record, allow_mixed=self._job.allow_mixed))
             if not self._numerics_told:
                 self._numerics_told = True
                 self._story.tell("numerics", record=record)
-            mixed |= set(self._ledger.pin_numerics(record, allow_mixed=self._job.allow_mixed))
         self._record_order()
         return mixed
 
-    async def _wait_for_place(self, worker_id: str, size: int) -> None:
+    def _wait_for_place(self, worker_id: str, size: int) -> None:
         """A cluster that has lost machines may have no place for a worker for hours: nobody's failure."""
         self._dismiss(worker_id)
         reason = f"no worker has started for {START_LIMIT_S:.0f} s: the cluster has no free place; waiting for one"
         self._story.tell("note", message=reason, warning=True)
-        await self._start_worker(size)
+        self._spawn(self._start_worker(size))
 
-    async def _start_again(self, member: Member, reason: str) -> None:
+    def _start_again(self, member: Member, reason: str) -> None:
         """Of eight GPUs one may be broken: as long as others compute, that ends no render."""
         self._dismiss(member.worker_id)
         failures = member.failures + 1
@@ -372,7 +372,8 @@ class Orchestrator:
             self._put(ev.LedgerFailed(time.monotonic(), ev.Fault("permanent", reason)))
             return
         self._story.tell("note", message=reason, warning=True)
-        await self._start_worker(member.door.size, failures)
+        # On its own: for days of failures one start would wait within the other.
+        self._spawn(self._start_worker(member.door.size, failures))
 
     def _has_company(self, member: Member) -> bool:
         """Whether another worker, of its size or larger, is at work."""

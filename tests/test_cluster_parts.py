@@ -327,34 +327,46 @@ def test_a_preemption_notice_is_passed_on_once_and_a_silent_head_asked_again(
     assert asyncio.run(watch()) == [("n1", 30.0), ("n2", None)]
 
 
+class StandIn:
+    """In the place of a Door: a worker's process on a cluster that is not there."""
+
+    size, node_id, broken = 1, "n1", ""
+
+    def __init__(self, *about: object) -> None:
+        pass
+
+    async def dismiss(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: type[StandIn]) -> WorkerSettings:
+    monkeypatch.setattr("cluster.orchestrator.DRAIN_S", 1e9)
+    monkeypatch.setattr("cluster.orchestrator.draining_nodes", dict)
+    monkeypatch.setattr("cluster.orchestrator.Door", kind)
+    return WorkerSettings(str(folder), "/somewhere", "0", "cpu", "float32", 1, None, 1, "/tmp")
+
+
+def greeting(torch_version: str) -> tuple[Greeting, ...]:
+    return (Greeting("n1", "host", 1, {"torch": torch_version}),)
+
+
 def test_a_render_that_is_refused_leaves_the_recipe_and_the_report_of_what_was_rendered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.orchestrator.DRAIN_S", 1e9)
-    monkeypatch.setattr("cluster.orchestrator.draining_nodes", dict)
     place = place_workers({"CPU": 1.0}, device="cpu", workers=1, threads=None, useful=1)
     library = {"torch": "1"}
 
-    class Worker:
-        size, node_id, broken = 1, "n1", ""
-
-        def __init__(self, *about: object) -> None:
-            pass
-
+    class Unreadable(StandIn):
         async def greet(self) -> tuple[Greeting, ...]:
-            return (Greeting("n1", "host", 1, dict(library)),)
+            return greeting(library["torch"])
 
         async def assume(self, *about: object) -> Failed:
             return Failed(Fault("user", "a checkpoint that cannot be read"))
 
-        async def dismiss(self) -> None:
-            pass
-
-        def end(self) -> None:
-            pass
-
-    monkeypatch.setattr("cluster.orchestrator.Door", Worker)
-    settings = WorkerSettings(str(tmp_path), "/somewhere", "0", "cpu", "float32", 1, None, 1, "/tmp")
+    settings = stand_in(monkeypatch, tmp_path, Unreadable)
     written, changed = recipe(), recipe(shots=("star",))
 
     def render(order: Recipe, allow_mixed: bool = False) -> str:
@@ -376,56 +388,46 @@ def test_a_render_that_is_refused_leaves_the_recipe_and_the_report_of_what_was_r
 def test_a_gpu_that_cannot_take_part_ends_a_render_only_if_there_is_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: bool, fault: str
 ) -> None:
-    monkeypatch.setattr("cluster.orchestrator.DRAIN_S", 1e9)
-    monkeypatch.setattr("cluster.orchestrator.draining_nodes", dict)
-    monkeypatch.setattr("cluster.orchestrator.MOST_PAUSE_S", 0.01)
+    monkeypatch.setattr("cluster.orchestrator.MOST_PAUSE_S", 0.0)
     place = place_workers({"CPU": 2.0}, device="cpu", workers=2, threads=None, useful=2)
     bad = Failed(Fault("transient", "RuntimeError: CUDA unknown error")) if fault == "broken" else greeting("2")
     said = "CUDA unknown error" if fault == "broken" else "another numerics record"
+    many = 1100 if fault == "broken" else 20  # as often as in four days, or an hour and a half
     pinning = Ledger(LocalStore(tmp_path))
     pinning.take_lease()
     pinning.pin_numerics(with_precision(greeting("1")[0].numerics, Memory()))
     pinning.release_lease()
-    made: list[Worker] = []
+    made: list[StandIn] = []
+    at_work = asyncio.Event()
 
-    class Worker:
-        size, node_id, broken = 1, "n1", ""
-
+    class OneOfThem(StandIn):
         def __init__(self, *about: object) -> None:
             made.append(self)
             self.good = others and len(made) == 1
 
         async def greet(self) -> tuple[Greeting, ...] | Failed:
+            if others and not self.good:
+                await at_work.wait()
             return greeting("1") if self.good else bad
 
         async def assume(self, *about: object) -> None:
+            at_work.set()
             await asyncio.sleep(1e9)
 
-        async def dismiss(self) -> None:
-            pass
-
-        def end(self) -> None:
-            pass
-
-    monkeypatch.setattr("cluster.orchestrator.Door", Worker)
-    settings = WorkerSettings(str(tmp_path), "/somewhere", "0", "cpu", "float32", 1, None, 1, "/tmp")
+    settings = stand_in(monkeypatch, tmp_path, OneOfThem)
     orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), place, settings))
 
     async def render() -> Outcome:
         running = asyncio.create_task(orchestrator.run())
-        while not running.done() and len(made) < 20:
+        while not running.done() and len(made) < many:
             await asyncio.sleep(0.01)
         await orchestrator.stop(75)
         return await running
 
     outcome = asyncio.run(render())
     code = 1 if fault == "broken" else 2
-    assert (outcome.exit_code, len(made) >= 20) == ((75, True) if others else (code, False))
+    assert (outcome.exit_code, len(made) >= many) == ((75, True) if others else (code, False))
     assert (said in outcome.message) is not others
-
-
-def greeting(torch_version: str) -> tuple[Greeting, ...]:
-    return (Greeting("n1", "host", 1, {"torch": torch_version}),)
 
 
 def test_ray_restarts_and_repeats_nothing_of_a_render_by_itself() -> None:
