@@ -19,7 +19,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Container, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from cluster.metrics import ray_instrument
 from cluster.placement import GPU_HOST_THREADS, Placement
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.session import NAMESPACE
-from pipeline.errors import LongtakeError, SettingError
+from pipeline.errors import LongtakeError, SettingError, StoreError, TransientError
 from pipeline.events import ProgressSummary
 from pipeline.facts import CheckpointFacts
 from pipeline.farm import Borrower, Lender, Load, Queued, gangs_wanted, lend, open_next, workers_wanted
@@ -69,6 +70,11 @@ BOOKS_S = 10.0
 UNUSED_S = 2.0
 """A worker that came back unused is not offered to the same render before that."""
 KEPT_EVENTS = 200
+KEPT_RENDERS = 100
+MOST_WAITING = 64
+"""Calls that wait in threads, for stores, hooks and report pages. By itself a loop has six threads on two cores, and as
+many hooks that hang would hold up the books.
+"""
 CALL_LIMIT_S = 120.0
 SAVE_LIMIT_S = 60.0
 FIRST_LOAD_S = {"cuda": 60.0, "cpu": 2.0}
@@ -165,6 +171,13 @@ class _Events:
         return list(self.kept)[max(0, cursor - self.first) :], self.first + len(self.kept)
 
 
+def forget_ended(events: dict[str, _Events], still_open: Container[str]) -> None:
+    """Keep what was told of open renders, and of the last KEPT_RENDERS others: a farm lives for months."""
+    ended = [render_id for render_id in events if render_id not in still_open]
+    for render_id in ended[:-KEPT_RENDERS]:
+        del events[render_id]
+
+
 class Farm:
     """The actor. Public methods may be called at any time, again after a lost answer, and raise LongtakeError."""
 
@@ -177,10 +190,10 @@ class Farm:
         self._tasks: set[asyncio.Task[None]] = set()
         self._load_s: dict[Load, float] = {}
         self._pace: dict[TaskKind, tuple[float, float]] = {}
-        self._expected: dict[str, tuple[TaskKind, float]] = {}
         self._stopping = False
         self._metrics = FarmMetrics(ray_instrument)
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(MOST_WAITING, "farm"))
         threading.Thread(target=self._run_loop, name="farm", daemon=True).start()
 
     # What is asked from outside, in Ray's threads
@@ -225,7 +238,11 @@ class Farm:
         self._call(self._stop())
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(CALL_LIMIT_S)
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result(CALL_LIMIT_S)
+        except TimeoutError as error:
+            message = f"the farm has not answered for {CALL_LIMIT_S:.0f} s; what was asked of it may still happen"
+            raise TransientError(message) from error
 
     # The loop
 
@@ -362,6 +379,7 @@ class Farm:
                     phase, message = "approval", f"stage one is there; `longtake resume {render_id}` refines it"
             await self._write(render_id, Changed(time.time(), phase, message, outcome.exit_code))
         del self._open[render_id]
+        forget_ended(self._events, self._open)
         for hand in list(self._pool.hands.values()):
             if hand.lender.render_id == render_id:
                 # Lent at the last moment, and not used.
@@ -524,7 +542,7 @@ class Farm:
         one = self._open.get(self._known(render_id))
         if one is not None:
             self._collect(one)
-        events, after = self._events.setdefault(render_id, _Events()).since(cursor)
+        events, after = self._events.get(render_id, _Events()).since(cursor)
         return FarmNews(events, after, one.render.summary() if one else None, self._row(render_id))
 
     async def _change(self, render_id: str, phase: Phase) -> Row:
@@ -631,9 +649,17 @@ class Farm:
         await self._ready.wait()
 
     async def _write(self, render_id: str, entry: Entry) -> SubmissionState:
-        """Durable when it returns. Writes are made one after another: each waits in the loop's order."""
+        """Durable when it returns. Writes are made one after another: each waits in the loop's order.
+
+        A store that does not answer is waited for: a farm that ended would take the work of all its renders along.
+        """
         async with self._lock():
-            return await self._io(lambda: self._book.add(render_id, entry))
+            while True:
+                try:
+                    return await self._io(lambda: self._book.add(render_id, entry))
+                except StoreError as error:
+                    log.warning("the books cannot be written, tried again: %s", error)
+                await asyncio.sleep(BOOKS_S)
 
     def _lock(self) -> asyncio.Lock:
         if not hasattr(self, "_writing"):
@@ -660,7 +686,7 @@ class Farm:
     async def _keep_schedules(self) -> None:
         """Have what is due submitted. In a thread: planning a film takes a while."""
         place = open_store(schedules_place(self._settings.store_url))
-        schedules = FarmSchedules(place, FarmRunner(self._book.states, self.submit, self.change))
+        schedules = FarmSchedules(place, FarmRunner(self._book, self.submit, self.change))
         while not self._stopping:
             try:
                 await asyncio.to_thread(schedules.turn, time.time())

@@ -25,7 +25,7 @@ from ray.autoscaler.sdk import request_resources
 from cluster.door import RAY_LOSSES, Door
 from cluster.drain import draining_nodes
 from cluster.job import Failed, WorkerSettings
-from cluster.orchestrator import START_LIMIT_S, Member, workers_part
+from cluster.orchestrator import START_LIMIT_S, Member, start_pause_s, workers_part
 from cluster.placement import Placement
 from pipeline.errors import first_line
 from pipeline.farm import Growth, Lender
@@ -36,7 +36,6 @@ LOOK_S = 2.0
 GANG = ""
 """The node of a gang that is not there yet: Ray has the choice."""
 MARKET_LABEL = "ray.io/market-type"
-MOST_PAUSE_S = 300.0
 
 
 @dataclass
@@ -234,7 +233,7 @@ class Pool:
             return  # Ended meanwhile, with its node.
         node_id, self.problem = hand.lender.node_id, reason
         self._failures[node_id] += 1
-        pause_s = min(MOST_PAUSE_S, 2.0 ** self._failures[node_id])
+        pause_s = start_pause_s(self._failures[node_id])
         self._not_before_s[node_id] = time.monotonic() + pause_s
         log.warning("no worker on node %s, trying again in %.0f s: %s", node_id[:8], pause_s, reason)
         self.end(hand.lender.worker_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -21,7 +21,7 @@ from pipeline.recurring import Run
 from pipeline.schedule_log import ScheduleLog, schedule_ids
 from pipeline.schedule_turn import RunOutcome, advance
 from pipeline.store import Store
-from pipeline.submissions import Phase, Submission, SubmissionState
+from pipeline.submissions import Phase, Submission, SubmissionBook
 
 log = logging.getLogger("longtake.farm")
 TURN_S = 10.0
@@ -29,19 +29,19 @@ OWNER = "schedule"
 
 
 class FarmRunner:
-    """`submit` and `cancel` are the farm's; `states` its book. Called in a thread, not in the farm's loop."""
+    """`submit` and `change` are the farm's. Called in a thread, not in the farm's loop."""
 
     def __init__(
         self,
-        states: Mapping[str, SubmissionState],
+        book: SubmissionBook,
         submit: Callable[[Submission], object],
         change: Callable[[str, Phase], object],
     ) -> None:
-        self._states, self._submit, self._change = states, submit, change
+        self._book, self._submit, self._change = book, submit, change
 
     def submit(self, run: Run) -> None:
         """Queue it, if it is not in the books already. Raises UserError for a film that cannot be rendered here."""
-        if run.id in self._states:
+        if run.id in self._book.states:
             return
         with tempfile.TemporaryDirectory() as folder:
             film = Path(folder) / "storyboard.yaml"
@@ -53,7 +53,7 @@ class FarmRunner:
 
     def outcome(self, run: Run) -> RunOutcome | None:
         """Its end. One that was paused has not ended: a person resumes or cancels it."""
-        state = self._states.get(run.id)
+        state = self._book.states.get(run.id)
         if state is None or state.phase not in ("done", "failed", "cancelled"):
             return None
         code = 0 if state.phase == "done" else state.exit_code
@@ -61,7 +61,7 @@ class FarmRunner:
 
     def cancel(self, run: Run) -> None:
         """Stop it; what is committed is kept."""
-        if run.id in self._states:
+        if run.id in self._book.states:
             self._change(run.id, "cancelled")
 
 

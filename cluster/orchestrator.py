@@ -47,6 +47,8 @@ from pipeline.story import log_path
 from pipeline.tasks import CommitRecord, Order, Produced, Role
 
 T = TypeVar("T")
+NOT_SHOWN = (LongtakeError, OSError, ValueError)
+"""What may go wrong with what people look at, such as a full temporary folder, and harms no render."""
 
 TICK_S = 1.0
 POLL_S = 0.5
@@ -65,6 +67,11 @@ MOST_PAUSE_S = 300.0
 """Between two starts of a worker that fails again and again while others are at work."""
 
 
+def start_pause_s(failures: int) -> float:
+    """How long to wait with the start of a worker in whose place so many in a row have failed."""
+    return min(2.0 ** min(failures, 16), MOST_PAUSE_S) if failures else 0.0
+
+
 @dataclass
 class Member:
     """One worker."""
@@ -79,7 +86,10 @@ class Member:
 
 @dataclass
 class Story:
-    """Events for whoever follows the render; those it has seen are dropped. `render`: its store's address."""
+    """Events for whoever follows the render; those it has seen are dropped. `render`: its store's address.
+
+    `tell` may be called in any thread: the list stays the same one, and no other thread comes between a step on it.
+    """
 
     render: str = ""
     meters: Meters | None = None
@@ -87,16 +97,18 @@ class Story:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def tell(self, event: str, **content: Any) -> None:
-        self.events.append({"event": event, "time": round(time.time(), 3), **content})
+        told = {"event": event, "time": round(time.time(), 3), **content}
+        self.events.append(told)
         if is_json_wanted():
-            log_event(self.events[-1], self.render)
+            log_event(told, self.render)
         if self.meters is not None:
-            self.meters.event(self.events[-1])
+            self.meters.event(told)
 
     def since(self, cursor: int) -> tuple[list[dict[str, Any]], int]:
-        self.events = self.events[max(cursor - self.first, 0) :]
+        del self.events[: max(cursor - self.first, 0)]
         self.first = max(cursor, self.first)
-        return list(self.events), self.first + len(self.events)
+        events = list(self.events)
+        return events, self.first + len(events)
 
 
 class Orchestrator:
@@ -302,7 +314,7 @@ class Orchestrator:
         """Start one worker of `size` processes, compare their numerics with the render's, and let it join. After
         `failures` in a row in its place it gets time: its GPU may be broken.
         """
-        await asyncio.sleep(min(2.0 ** min(failures, 16), MOST_PAUSE_S) if failures else 0.0)
+        await asyncio.sleep(start_pause_s(failures))
         self._started += 1
         worker_id = f"w{self._started}"
         member = Member(worker_id, Door(self._job.settings, self._job.placement, size), failures=failures)
@@ -396,8 +408,10 @@ class Orchestrator:
         task, worker_id = order.task, member.worker_id
         self._story.tell("dispatched", task=task.id, label=task.label, worker=worker_id, attempt=order.attempt)
         poll = asyncio.create_task(self._poll(member, order))
-        answer = await self._ask(member, member.door.run(order))
-        poll.cancel()
+        try:
+            answer = await self._ask(member, member.door.run(order))
+        finally:
+            poll.cancel()
         about = (time.monotonic(), worker_id, task.id, order.attempt, order.epoch)
         if isinstance(answer, Failed):
             about_log = {"log": log_path(task.id, order.attempt, order.epoch)}
@@ -413,7 +427,9 @@ class Orchestrator:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                now = await asyncio.wait_for(member.door.progress(), POLL_LIMIT_S)
+                # Not by `wait_for`, which in Python 3.11 forgets that it was cancelled if the answer comes just then.
+                async with asyncio.timeout(POLL_LIMIT_S):
+                    now = await member.door.progress()
             except (TimeoutError, *RAY_LOSSES):
                 # Silence is no progress: the machine's own limits decide what that means.
                 continue
@@ -521,7 +537,7 @@ class Orchestrator:
         """Write what a person looks at; a failure there never harms the render."""
         try:
             await asyncio.to_thread(self._publisher.refresh, dict(self._commits))
-        except LongtakeError as error:
+        except NOT_SHOWN as error:
             self._story.tell("note", message=f"not refreshed: {error}", warning=True)
 
     async def _publish_end(self, finish: ev.Finish) -> None:
@@ -533,7 +549,7 @@ class Orchestrator:
             film = self._commits.get(self._publisher.plan.film_task_id)
             if film is not None and not await asyncio.to_thread(is_page_of, self._store, film):
                 await self._measure_film()
-        except (LongtakeError, OSError, ValueError) as error:
+        except NOT_SHOWN as error:
             # The film is committed: what people look at beside it must not turn that into a failure.
             self._story.tell("note", message=f"not refreshed: {error}", warning=True)
 

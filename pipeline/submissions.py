@@ -139,7 +139,10 @@ def apply_entry(state: SubmissionState | None, entry: Entry) -> SubmissionState:
 
 
 class SubmissionBook:
-    """All submissions of a farm. One process writes; entries of another one are refused, never overwritten."""
+    """All submissions of a farm. One process writes; entries of another one are refused, never overwritten.
+
+    `states` is replaced, never changed: it may be walked through while another thread adds an entry.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -167,7 +170,7 @@ class SubmissionBook:
             message = "another farm keeps its books here"
             raise SettingError(message, field="--farm-store", value=self._store.url)
         self._lengths[render_id] = number
-        self.states[render_id] = state
+        self.states = {**self.states, render_id: state}
         return state
 
     def _take(self, render_id: str, entry: Entry) -> None:

@@ -12,13 +12,14 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.door import Door
-from cluster.job import Failed, Greeting, Outcome, RenderJob, Serves, WorkerSettings
+from cluster.job import Failed, Greeting, Outcome, RenderJob, Serves, Standing, WorkerSettings
 from cluster.orchestrator import Member, Orchestrator, Story, fate_of, lost_worker, with_precision
 from cluster.placement import device_for, place_workers
 from cluster.places import default_store
@@ -36,7 +37,7 @@ from pipeline.ledger import Ledger
 from pipeline.spec import Memory, parse_spec
 from pipeline.store import LocalStore
 from pipeline.store_meter import STORE_MEASURE, Meter, MeteredStore, tasks_use
-from pipeline.tasks import ArtifactFile, CommitRecord
+from pipeline.tasks import ArtifactFile, CommitRecord, Order
 
 
 def recipe(**changes: object) -> Recipe:
@@ -154,6 +155,22 @@ def test_a_follower_misses_nothing_and_hears_nothing_twice() -> None:
     assert [event["event"] for event in events] == ["one"]
     assert [event["event"] for event in story.since(cursor)[0]] == ["two"]
     assert story.since(cursor + 1) == ([], 2)
+
+
+def test_an_event_told_in_another_thread_while_others_are_read_is_heard_next() -> None:
+    later = ["two"]
+
+    class Interrupted(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[object]:
+            seen = self[:]
+            if later:
+                story.tell(later.pop())
+            return iter(seen)
+
+    story = Story(events=Interrupted())
+    story.tell("one")
+    first, cursor = story.since(0)
+    assert [event["event"] for event in (*first, *story.since(cursor)[0])] == ["one", "two"]
 
 
 def test_plain_lines_come_when_a_phase_is_done() -> None:
@@ -428,6 +445,52 @@ def test_a_gpu_that_cannot_take_part_ends_a_render_only_if_there_is_no_other(
     code = 1 if fault == "broken" else 2
     assert (outcome.exit_code, len(made) >= many) == ((75, True) if others else (code, False))
     assert (said in outcome.message) is not others
+
+
+def test_what_people_look_at_harms_no_render(tmp_path: Path) -> None:
+    class Unwritable:
+        def refresh(self, commits: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    async def publish() -> list[str]:
+        orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), placement=None, settings=None))  # type: ignore[arg-type]
+        orchestrator._publisher = Unwritable()  # type: ignore[assignment]
+        await orchestrator._publish()
+        return [event["message"] for event in orchestrator._story.since(0)[0]]
+
+    assert asyncio.run(publish()) == ["not refreshed: [Errno 28] No space left on device"]
+
+
+def test_nobody_asks_on_for_the_progress_of_an_order_that_was_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A farm's process carries many renders: what one of them leaves behind lives as long as the farm."""
+    monkeypatch.setattr("cluster.orchestrator.POLL_S", 0.0)
+
+    class AtWork(StandIn):
+        asked = 0
+
+        async def run(self, order: Order) -> None:
+            await asyncio.sleep(1e9)
+
+        async def progress(self) -> Standing:
+            AtWork.asked += 1
+            return Standing()
+
+    async def abandon() -> int:
+        orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), placement=None, settings=None))  # type: ignore[arg-type]
+        member = Member("w1", AtWork())  # type: ignore[arg-type]
+        orchestrator._members["w1"] = member
+        task = next(iter(make_plan(recipe()).tasks.values()))
+        orchestrator._spawn(orchestrator._dispatch(member, Order(task, 1, 1, {}, "attempts/a/0001-1")))
+        async with asyncio.timeout(30):
+            while not AtWork.asked:
+                await asyncio.sleep(0.0)
+            await orchestrator._close()
+        await asyncio.sleep(0.0)
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(abandon()) == 1
 
 
 def test_ray_restarts_and_repeats_nothing_of_a_render_by_itself() -> None:

@@ -136,6 +136,17 @@ def test_a_worker_that_does_not_start_is_said_and_tried_again_later(ray: Ray) ->
     assert again.problem == "" and len(again.lenders()) == 1
 
 
+def test_a_node_where_workers_have_failed_for_days_is_tried_again_all_the_same(ray: Ray) -> None:
+    ray.answer = Failed(Fault("permanent", "no CUDA here"))
+
+    def after_days(pool: Pool) -> None:
+        pool._failures[NODE] = 5000
+        pool.resize(1, None)
+
+    pool = asyncio.run(grown({NODE: Node(1)}, wanted=0, then=after_days))
+    assert pool._failures[NODE] == 5001 and len(ray.started) == 1
+
+
 # Gangs
 
 

@@ -47,7 +47,7 @@ def schedules(tmp_path: Path, tiny_checkpoint: Path, books: Books) -> FarmSchedu
     definition = Definition("news", Cron("0 * * * *", "UTC"), film, str(tmp_path / "renders"), "replace")
     store = LocalStore(tmp_path / "books" / "schedules")
     ScheduleLog(store, "news").append(Added(1.0, definition))
-    return FarmSchedules(store, FarmRunner(books.states, books.submit, books.change))
+    return FarmSchedules(store, FarmRunner(books, books.submit, books.change))
 
 
 def log_of(tmp_path: Path) -> ScheduleLog:
@@ -88,7 +88,7 @@ def test_a_farm_that_died_after_submitting_submits_nothing_twice(
     schedules.turn(HOUR_S)
     assert len(books.calls) == 1 and len(log_of(tmp_path).entries) == 2, "claimed and submitted, not written down"
     FarmSchedules(
-        LocalStore(tmp_path / "books" / "schedules"), FarmRunner(books.states, books.submit, books.change)
+        LocalStore(tmp_path / "books" / "schedules"), FarmRunner(books, books.submit, books.change)
     ).turn(HOUR_S + 10)
     assert len(books.calls) == 1
     [run] = log_of(tmp_path).state.runs.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import pytest
 from cluster.cli import main
 from cluster.cli_farm import is_farmed
 from cluster.download import download_film
+from cluster.farm import KEPT_RENDERS, Farm, _Events, forget_ended
 from cluster.farm_commands import Cluster, Wishes, parse_hook, submission_of
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
 from cluster.metrics import METRICS
 from cluster.render import Prepared
-from pipeline.errors import CorruptArtifact, SettingError
+from pipeline.errors import CorruptArtifact, SettingError, StoreError
 from pipeline.farm import Lender
 from pipeline.ledger import LedgerState
 from pipeline.store import LocalStore
@@ -71,6 +73,38 @@ def test_a_farm_that_starts_again_knows_its_queue(tmp_path: Path) -> None:
     assert (b.phase, b.message, b.exit_code, b.is_open) == ("failed", "no", 1, False)
     again.add("b", Submitted(6.0, submission("b")))
     assert loaded(tmp_path).states["b"].phase == "queued"
+
+
+def test_the_states_can_be_walked_through_while_an_entry_is_written(tmp_path: Path) -> None:
+    book = loaded(tmp_path)
+    book.add("a", Submitted(1.0, submission()))
+    walking = iter(book.states.items())
+    book.add("b", Submitted(2.0, submission("b")))
+    assert [render_id for render_id, _ in walking] == ["a"] and list(book.states) == ["a", "b"]
+
+
+def test_a_farm_waits_for_a_store_that_does_not_take_its_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.farm.BOOKS_S", 0.0)
+
+    class Silent(LocalStore):
+        silent = 2
+
+        def create_if_absent(self, path: str, data: bytes) -> bool:
+            self.silent -= 1
+            if self.silent >= 0:
+                raise StoreError("no answer")
+            return super().create_if_absent(path, data)
+
+    farm = Farm.__new__(Farm)
+    farm._book = SubmissionBook(Silent(tmp_path))
+    assert asyncio.run(farm._write("a", Submitted(1.0, submission()))).phase == "queued"
+    assert list(loaded(tmp_path).states) == ["a"]
+
+
+def test_events_are_kept_of_open_renders_and_of_the_last_others() -> None:
+    events = {str(number): _Events() for number in range(KEPT_RENDERS + 5)}
+    forget_ended(events, {"0", "3"})
+    assert list(events) == ["0", "3", *map(str, range(5, KEPT_RENDERS + 5))]
 
 
 def test_a_second_farm_on_the_same_books_is_refused_and_overwrites_nothing(tmp_path: Path) -> None:
