@@ -19,11 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.errors import CheckpointFault
 from pipeline.pace import Pace, published
 
-ScheduleName = Literal["base", "distilled", "enhance_hf", "refinement"]
+StageOneSchedule = Literal["base", "distilled", "enhance_hf"]
+ScheduleName = StageOneSchedule | Literal["refinement"]
 Attention = Literal["dense", "block_sparse"]
 MediaKind = Literal["image", "video", "audio"]
 Size = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)]
 """[height_px, width_px]."""
+
+DISTILLED_LEVELS = 50
+"""Noise levels that the few-step weights know; a distilled schedule takes some of them."""
 
 REFINE_GRANULARITY = 4
 """Latent frames in one block of the sparse attention: refinement pads to multiples of it."""
@@ -73,11 +77,20 @@ class QualityFacts(Frozen):
 
     loras: list[LoraChoice] = []
     steps: int = Field(default=16, ge=1, le=1000)
-    schedule: ScheduleName = "distilled"
-    continuation_schedule: ScheduleName | None = None
+    schedule: StageOneSchedule = "distilled"
+    continuation_schedule: StageOneSchedule | None = None
     """Schedule of every segment with continuation conditions; `None`: the same as `schedule`."""
     guidance: float = Field(default=1.0, ge=1.0)
     """CFG-zero scale; 1 means no negative prompt and one forward a step."""
+
+    @model_validator(mode="after")
+    def _has_steps_for_its_schedules(self) -> QualityFacts:
+        """As `model.sampling` wants them, which would say so when a worker has loaded its weights."""
+        for name in {self.schedule, self.continuation_schedule} - {None}:
+            least, most = (1, DISTILLED_LEVELS) if name == "distilled" else (2, 1000)
+            if not least <= self.steps <= most:
+                raise ValueError(f"steps must be {least} to {most} for the schedule {name}")
+        return self
 
 
 DRAFT = QualityFacts(loras=[LoraChoice(file="lora/cfg_step_lora.safetensors")])
@@ -93,8 +106,8 @@ class RefineFacts(Frozen):
     """How stage two is sampled."""
 
     loras: list[LoraChoice] = [LoraChoice(file="lora/refinement_lora.safetensors")]
-    steps: int = Field(default=50, ge=1, le=1000)
-    t_thresh: float = Field(default=0.5, gt=0, le=1)
+    steps: int = Field(default=50, ge=2, le=1000)
+    t_thresh: float = Field(default=0.5, gt=0, lt=1)
     """Share of noise that refinement starts from."""
     attention: Attention = "block_sparse"
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.tasks import ArtifactFile, CommitRecord
+from pipeline.tasks import ArtifactFile
 
 FaultKind = Literal[
     "user",
@@ -289,8 +289,3 @@ class TaskLog:
             self.deaths = max(0, self.deaths - 1)
         elif entry.kind != "died":
             self.deaths = 0
-
-
-def latest_commit(log: TaskLog | None, record: CommitRecord) -> bool:
-    """Whether the record still counts: nobody has invalidated the attempt that made it."""
-    return log is None or (record.attempt, record.epoch) not in log.invalidated

@@ -49,15 +49,16 @@ def lock_shot(
 
     Raises SettingError if the shot is not there or not all of that is committed (`done`).
     """
-    held = {task_id for lock in locks.values() for task_id in lock.tasks.values()}
+    locked = {task_id for lock in locks.values() for task_id in lock.tasks.values()}
     digests: dict[str, str] = {}
     found: dict[str, Task] = {}
     for task in tasks.values():
         digests[task.id] = order_digest(task.kind, task.params, [digests[i] for i in task.inputs])
         is_own = task.kind == "segment" and task.shot_id == shot_id
-        is_made_of_locked = task.kind in ("window", "encode") and _pictures(task, tasks) <= found.keys() | held
+        is_made_of_locked = task.kind in ("window", "encode") and _pictures(task, tasks) <= locked
         if is_own or is_made_of_locked:
             found[task.id] = task
+            locked.add(task.id)
     left = [task.label for task in found.values() if task.id not in done]
     if not found:
         raise SettingError("has no segments in this render", field="SHOT", value=shot_id)

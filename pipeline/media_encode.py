@@ -210,11 +210,15 @@ class FrameEncoder:
         return Unit(self._out, self._frames)
 
 
-def check_timing(bench: Workbench, name: str, frames: int, fps: Fraction, ffmpeg: Ffmpeg) -> None:
-    """MediaError unless the file's film has `frames` frames and each stands at its time. Decodes nothing."""
+def check_timing(
+    bench: Workbench, name: str, frames: int, fps: Fraction, ffmpeg: Ffmpeg, *, limit_s: float = LIMIT_S
+) -> None:
+    """MediaError unless the file's film has `frames` frames and each stands at its time. Decodes nothing, but reads all
+    of the file, within `limit_s`.
+    """
     demuxer = "matroska" if name.endswith(".mkv") else "mov"
     ours = ffmpeg_python.input(f"file:{name}", format=demuxer, protocol_whitelist="file,pipe")
-    film = stored_packets(bench, ours, ffmpeg)[0]
+    film = stored_packets(bench, ours, ffmpeg, limit_s=limit_s)[0]
     exact = film.tick_s if demuxer == "matroska" else 0
     at_s = sorted(pts for pts, _ in film.packets)
     if len(at_s) != frames:
@@ -224,9 +228,9 @@ def check_timing(bench: Workbench, name: str, frames: int, fps: Fraction, ffmpeg
         raise MediaError(f"frame {late[0]} stands at {at_s[late[0]]} s, not {late[0] / fps} s")
 
 
-def stored_packets(bench: Workbench, source: Any, ffmpeg: Ffmpeg) -> list[Stream]:
+def stored_packets(bench: Workbench, source: Any, ffmpeg: Ffmpeg, *, limit_s: float) -> list[Stream]:
     """Packets of the film, then of the sound, of a file of ours given as an input node."""
     # Matroska stores no decoding times, and ffmpeg refuses its own guesses: only their order matters here.
     ordered = {"c": "copy", "bsf:v": "setts=pts=PTS:dts=N-1000000000"}
     listing = ffmpeg_python.output(source["v:0"], source["a:0?"], "pipe:1", format="framecrc", **ordered)
-    return parse_framecrc(run(ffmpeg, listing, bench, most_bytes=256 << 20).decode())
+    return parse_framecrc(run(ffmpeg, listing, bench, limit_s=limit_s, most_bytes=256 << 20).decode())

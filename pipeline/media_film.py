@@ -40,6 +40,7 @@ RECIPE_KEY = "longtake_recipe"
 RECIPE_LIMIT_BYTES = 4 << 20
 
 _JOIN_LIMIT_S = 1800.0
+"""For writing a film, and for reading it again: an hour of ffv1 has some 100 GB."""
 
 
 def concatenate(
@@ -70,7 +71,7 @@ def concatenate(
             streams.append(_sound(bench, soundtrack, frames / fps))
         film = _tagged(bench, streams, len(streams), name, tags, _exact_times(fps, codec) | _sound_args(name))
         run(ffmpeg, film, bench, limit_s=_JOIN_LIMIT_S)
-        check_timing(bench, name, frames, fps, ffmpeg)
+        check_timing(bench, name, frames, fps, ffmpeg, limit_s=_JOIN_LIMIT_S)
         os.replace(bench.path / name, out)
     return frames
 
@@ -227,7 +228,7 @@ def strip(film: Path, out: Path, ffmpeg: Ffmpeg) -> None:
     kept = {key: value for key, value in tags.items() if key in ("title", "comment")}
     with workbench(beside=out) as bench:
         name, source = f"film.{_container(film)}", open_input(bench, film)
-        tick_s = stored_packets(bench, source, ffmpeg)[0].tick_s
+        tick_s = stored_packets(bench, source, ffmpeg, limit_s=_JOIN_LIMIT_S)[0].tick_s
         args = {"c": "copy", **muxer_args(_container(film), tick_s.denominator)}
         copied = _tagged(bench, [source["v:0"], source["a:0?"]], 1, name, kept, args)
         run(ffmpeg, copied, bench, limit_s=_JOIN_LIMIT_S)

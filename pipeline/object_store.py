@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import SettingError, StoreError, StoreFull, first_line
-from pipeline.store import Store, StoredFile, check_artifact, check_path, corrupt, hash_stream
+from pipeline.store import FULL, Store, StoredFile, check_artifact, check_path, corrupt, hash_stream
 from pipeline.tasks import ArtifactFile
 
 REQUEST_LIMIT_S = 60
@@ -131,6 +131,9 @@ class ObjectStore(Store):
         except FileNotFoundError:
             raise corrupt(artifact.path, "the file is gone") from None
         except OSError as error:
+            # Of a disk that is broken the worker can tell; a full store would end the render.
+            if error.errno not in FULL:
+                raise
             raise StoreFull(f"no space for {artifact.name} in {local.parent}: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)

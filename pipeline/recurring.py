@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -26,7 +26,6 @@ from pipeline.spec import Storyboard, parse_spec
 from pipeline.tasks import NAME_PATTERN, canonical_json
 
 Overlap = Literal["skip", "queue", "replace"]
-OVERLAPS: tuple[Overlap, ...] = ("skip", "queue", "replace")
 LONGEST_ID = 40
 MOST_ROWS = 10_000
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
@@ -327,11 +326,3 @@ def entry_from_json(value: Mapping[str, Any]) -> Entry:
         fields["definition"] = Definition(**{**written, "cron": cron, "rows": rows})
     entry: Entry = _KINDS[value["entry"]](**fields)
     return entry
-
-
-def fold(entries: Sequence[Entry]) -> State:
-    """The schedule that a whole log makes."""
-    state = State()
-    for entry in entries:
-        state = apply_entry(state, entry)
-    return state

@@ -350,7 +350,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[StoredFile]:
             yield StoredFile(path, info.st_size, info.st_mtime)
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTSUP, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -362,7 +362,7 @@ def _mapped(path: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StoreFull(f"no space left for {path}: free some and run the same command again") from error
         if error.errno in _FORBIDDEN:
             raise SettingError(

@@ -318,15 +318,6 @@ def frame_taken(target: ShotPlace, at: Fraction | None, take: Take, rates: Rates
     return min(max(native // ratio, -(-target.native[0] // ratio)), last)
 
 
-def place_of(takes: Sequence[Take], position: int) -> tuple[Take, ShotPlace]:
-    """The take and place of the shot at a position of the storyboard."""
-    for take in takes:
-        for place in take.shots:
-            if place.position == position:
-                return take, place
-    raise LookupError(f"no shot at {position}")
-
-
 def places_by_id(takes: Sequence[Take]) -> Mapping[str, tuple[Take, ShotPlace]]:
     """Every shot's take and place, by its id."""
     return {place.id: (take, place) for take in takes for place in take.shots}

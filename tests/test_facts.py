@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from actors.denoising import make_schedule
+from model.errors import InputError
 from pipeline.errors import CheckpointFault
-from pipeline.facts import RenderFacts, load_render_facts, parse_render_facts
+from pipeline.facts import RenderFacts, ScheduleName, load_render_facts, parse_render_facts
 
 
 def test_a_folder_without_render_json_is_the_official_checkpoint(tmp_path: Path) -> None:
@@ -51,6 +53,7 @@ def test_the_bundled_render_json_is_valid() -> None:
         ({"stage_one_sizes": []}, "stage_one_sizes"),
         ({"stage_one_sizes": [[64, 100]]}, "[64, 100]"),
         ({"quality": {"draft": {"steps": 0}}}, "quality.draft.steps"),
+        ({"quality": {"full": {"schedule": "refinement"}}}, "quality.full.schedule"),
         ({"refine": {"attention": "sparse"}}, "refine.attention"),
         ({"default_aspect": "16/9"}, "default_aspect"),
         ([], "render.json"),
@@ -61,6 +64,24 @@ def test_a_wrong_render_json_names_the_field(value: object, named: str) -> None:
         parse_render_facts(json.dumps(value))
     assert named in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["base", "distilled", "enhance_hf", "refinement"])
+@pytest.mark.parametrize("steps", [1, 2, 50, 51])
+@pytest.mark.parametrize("t_thresh", [0.5, 1.0])
+def test_steps_that_the_sampler_would_refuse_are_refused_before_anything_is_loaded(
+    name: ScheduleName, steps: int, t_thresh: float
+) -> None:
+    value = {"quality": {"draft": {"schedule": name, "steps": steps}}}
+    if name == "refinement":
+        value = {"refine": {"steps": steps, "t_thresh": t_thresh}}
+    try:
+        make_schedule({"name": name, "steps": steps, "shift": 12.0, "t_thresh": t_thresh})
+    except InputError:
+        with pytest.raises(CheckpointFault, match=r"steps|t_thresh"):
+            parse_render_facts(json.dumps(value))
+    else:
+        parse_render_facts(json.dumps(value))
 
 
 def test_render_json_that_is_not_json_says_so() -> None:

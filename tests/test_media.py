@@ -14,6 +14,7 @@ import wave
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import ffmpeg as ffmpeg_python
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 
 from pipeline import media
 from pipeline.errors import InputFileError, MediaError, SettingError
-from pipeline.media_child import Child, workbench
+from pipeline.media_child import LIMIT_S, Child, run, workbench
 from pipeline.media_encode import encoder_args
 from pipeline.media_read import open_input
 from pipeline.params import CodecParams
@@ -563,6 +564,23 @@ def test_four_hundred_units_of_one_frame_do_not_drift(ff: media.Ffmpeg, tmp_path
         film = tmp_path / f"film.{container}"
         made = media.concatenate([unit] * 400, film, fps=NTSC, codec=params(codec, container), ffmpeg=ff)
         media.verify_video(film, frames=made, size_px=(64, 64), fps=NTSC, ffmpeg=ff)
+
+
+def test_reading_a_film_again_may_take_as_long_as_writing_it(
+    ff: media.Ffmpeg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits_s: list[float] = []
+
+    def timed(*arguments: Any, limit_s: float = 0.0, **more: Any) -> bytes:
+        limits_s.append(limit_s)
+        return run(*arguments, limit_s=limit_s, **more)
+
+    unit = encode(tmp_path / "a.mp4", numbered(0, 3), ff)
+    monkeypatch.setattr("pipeline.media_encode.run", timed)
+    monkeypatch.setattr("pipeline.media_film.run", timed)
+    media.concatenate([unit], tmp_path / "film.mp4", fps=NTSC, codec=params("h264", "mp4"), ffmpeg=ff)
+    writing_s, reading_s = limits_s
+    assert reading_s == writing_s > LIMIT_S
 
 
 @pytest.mark.parametrize("rate", ["119.88", "121", "44729/187"])

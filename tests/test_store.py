@@ -426,6 +426,23 @@ def test_a_duration_or_an_address_with_the_digits_507_is_no_full_store() -> None
     assert len(pauses) == 1
 
 
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StoreFull), (errno.EIO, OSError)])
+def test_a_broken_disk_of_a_worker_is_no_full_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    """A full store ends the render; a task that fails is tried on another machine."""
+    store, _ = _flaky_store(Flaky())
+    artifact = store.write_attempt("attempts/a/1/a.bin", b"x")
+
+    def broken(path: Path, chunks: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ObjectStore, "_ranges", broken)
+    with pytest.raises(kind) as raised:
+        store.open_local(artifact, tmp_path)
+    assert isinstance(raised.value, StoreFull) is (number == errno.ENOSPC)
+
+
 # S3 over HTTP
 
 
