@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.places import open_render
+from cluster.places import open_ledger, open_render
 from cluster.recipe import load_recipe, make_plan
 from pipeline.errors import SettingError, TransientError
 from pipeline.journal import JournalEntry, TaskReset
 from pipeline.lease import LeaseHolder, lives, this_process
-from pipeline.ledger import Ledger, LedgerState
+from pipeline.ledger import LedgerState
 from pipeline.limits import Budgets, given_up
 from pipeline.plan import Plan
 from pipeline.requests import Request, RequestKind, entries_for, is_marked_taken, put_request
@@ -48,7 +48,7 @@ def new_request(kind: RequestKind, entries: Sequence[JournalEntry] = ()) -> Requ
 
 def running(store: Store) -> LeaseHolder | None:
     """Who renders here as far as can be told without watching: one elsewhere counts until it says otherwise."""
-    holder = Ledger(store).holder()
+    holder = open_ledger(store).holder()
     return None if holder is None or lives(holder, this_process()) is False else holder
 
 
@@ -65,14 +65,14 @@ def ask(store: Store, request: Request, plan: Plan, *, answer_s: float = ANSWER_
                 return Taken("orchestrator", holder.epoch)
             time.sleep(LOOK_S)
             waited_s += LOOK_S
-        if request.id in Ledger(store).load().requests:
+        if request.id in open_ledger(store).load().requests:
             return Taken("orchestrator", holder.epoch)
     return _take_in_here(store, request, plan, holder)
 
 
 def _take_in_here(store: Store, request: Request, plan: Plan, holder: LeaseHolder | None) -> Taken:
     """Under the lease; one that a running orchestrator took in just before is found in its journal."""
-    ledger = Ledger(store)
+    ledger = open_ledger(store)
     try:
         epoch = ledger.take_lease()
     except SettingError as error:
@@ -91,7 +91,7 @@ def _take_in_here(store: Store, request: Request, plan: Plan, holder: LeaseHolde
 def print_pause(place: str, store: str | None, *, as_json: bool) -> int:
     """Have a running render save and stop; 0 if nothing runs afterwards."""
     render = open_render(place, store)
-    plan = make_plan(load_recipe(render), Ledger(render).load().overrides)
+    plan = make_plan(load_recipe(render), open_ledger(render).load().overrides)
     if running(render) is None:
         done = _is_finished(render, plan)
         said = "is finished" if done else "is not running; `longtake render` goes on with it"
@@ -102,7 +102,7 @@ def print_pause(place: str, store: str | None, *, as_json: bool) -> int:
 def print_cancel(place: str, store: str | None, *, as_json: bool) -> int:
     """Stop a render at once and have it down as cancelled, running or not; what is committed stays."""
     render = open_render(place, store)
-    plan = make_plan(load_recipe(render), Ledger(render).load().overrides)
+    plan = make_plan(load_recipe(render), open_ledger(render).load().overrides)
     if running(render) is None and _is_finished(render, plan):
         return say(render, "finished", "is finished: there is nothing to cancel", as_json)
     return _stop(render, plan, "cancel", as_json)
@@ -127,7 +127,7 @@ def _stop(render: Store, plan: Plan, kind: Literal["pause", "cancel"], as_json: 
 def print_retry(place: str, store: str | None, *, as_json: bool) -> int:
     """Give tasks that failed new budgets; 0 also where there were none."""
     render = open_render(place, store)
-    state = Ledger(render).load()
+    state = open_ledger(render).load()
     plan = make_plan(load_recipe(render), state.overrides)
     failed = failed_tasks(plan, state)
     taken = ask(render, new_request("retry"), plan)
@@ -155,7 +155,7 @@ def failed_tasks(plan: Plan, state: LedgerState) -> list[str]:
 
 
 def _is_finished(store: Store, plan: Plan) -> bool:
-    return plan.film_task_id in Ledger(store).load().commits
+    return plan.film_task_id in open_ledger(store).load().commits
 
 
 def say(store: Store, state: str, what: str, as_json: bool, **content: object) -> int:

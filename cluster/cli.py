@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.cli_deploy import add_manifest, add_schedule_commands
 from cluster.cli_farm import add_cluster, add_farm_commands, cluster_of, dashboard_of, is_farmed, run_there
+from cluster.cli_values import count, gigabytes, gpu_type, minutes, name_list, positive, seconds
 from pipeline.errors import LongtakeError
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("storyboard", type=Path, metavar="FILM", help="a storyboard (.yaml) or a film longtake made")
     add("--until", choices=("film", "stage-one"), default="film", help="stop before refinement: stage-one")
-    add("--shots", type=_names, default=None, metavar="A,B", help="render these shots only")
-    add("--takes", type=_positive, default=1, metavar="N", help="with --shots: N takes of them, to pick from")
+    add("--shots", type=name_list, default=None, metavar="A,B", help="render these shots only")
+    add("--takes", type=positive, default=1, metavar="N", help="with --shots: N takes of them, to pick from")
     add("--redo", action="append", default=[], metavar="FROM-TO", help="make a stretch of the film again: 3:20-3:40")
     add("--refine-only", action="store_true", help="with --redo: the refinement alone")
     add("--store", default=None, metavar="PLACE", help="folder or s3://, gs://, az:// address of the render")
@@ -103,20 +104,16 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("--condition-cache", choices=("card", "host"), help="keys and values of the given frames")
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("plan", help="print every task of a render without rendering")
     _add_selection(parser)
     add = parser.add_argument
     add("--checkpoint", default=None, metavar="NAME", help="plan for another one than the storyboard's")
-    add("--gpus", type=_positive, default=None, metavar="N", help="show the render on a cluster of N GPUs")
-    add("--gpu-type", type=_gpu_type, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
-    add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="2h", help="how many GPUs make it")
+    add("--gpus", type=positive, default=None, metavar="N", help="show the render on a cluster of N GPUs")
+    add("--gpu-type", type=gpu_type, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
+    add("--deadline", dest="deadline_s", type=seconds, default=None, metavar="2h", help="how many GPUs make it")
     add("--prices", type=Path, default=None, metavar="FILE", help="YAML: dollars for a GPU and hour by GPU type")
-    add("--card-gb", type=_gigabytes, default=None, metavar="N", help="say what does not fit on cards of N GB")
+    add("--card-gb", type=gigabytes, default=None, metavar="N", help="say what does not fit on cards of N GB")
     parser.set_defaults(command=_plan)
 
 
@@ -129,60 +126,18 @@ def _add_render(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--allow-mixed", action="store_true", help="continue under another numerics record, and report it")
     add(
         "--workers",
-        type=_positive,
+        type=positive,
         default=None,
         metavar="N",
         help="how many (default: one a GPU or CPU core)",
     )
-    add("--threads", type=_positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
-    add("--gang", type=_positive, default=1, metavar="N", help="workers that compute each segment together")
+    add("--threads", type=positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
+    add("--gang", type=positive, default=1, metavar="N", help="workers that compute each segment together")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
     add("--address", default=None, metavar="HOST:PORT", help="join a running Ray cluster")
     add("--insecure", action="store_true", help="join it even if anyone who reaches it can run code there")
-    add("--deadline", dest="deadline_s", type=_seconds, default=None, metavar="8h", help="save and stop after that")
+    add("--deadline", dest="deadline_s", type=seconds, default=None, metavar="8h", help="save and stop after that")
     parser.set_defaults(command=_render)
-
-
-def _gpu_type(text: str) -> str:
-    from cluster.paces import short_name
-
-    return short_name(text)
-
-
-def _gigabytes(text: str) -> float:
-    return _above_zero(text, "size of a card in GB, such as 24")
-
-
-def _minutes(text: str) -> float:
-    return _above_zero(text, "number of minutes, such as 5 or 0.5")
-
-
-def _above_zero(text: str, wanted: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no {wanted}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    from pipeline.spec_values import parse_duration
-
-    try:
-        seconds = float(parse_duration(text).seconds)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not a duration such as 8h or 90m") from error
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is no time at all")
-    return seconds
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
-    return int(text)
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +185,7 @@ def _add_versions(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         _add_place(parser)
         parser.add_argument("shot", metavar="SHOT", help="the shot's id, as `longtake plan` prints it")
         if name == "pick":
-            parser.add_argument("take", type=_positive, metavar="TAKE", help="its number, from 1")
+            parser.add_argument("take", type=positive, metavar="TAKE", help="its number, from 1")
         parser.set_defaults(command=command)
 
 
@@ -285,9 +240,9 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser("evaluate", help="measure what a checkpoint of the drawn world draws")
     add = parser.add_argument
     add("checkpoint", nargs="?", default="pocket", help="checkpoint folder (default: %(default)s)")
-    add("--clips", type=_positive, default=64, metavar="N", help="films of each kind (default: %(default)s, all)")
-    add("--chains", type=_count, default=4, metavar="N", help="long chains (default: %(default)s; 0: none)")
-    add("--minutes", type=_minutes, default=5.0, metavar="M", help="length of a chain (default: %(default)s)")
+    add("--clips", type=positive, default=64, metavar="N", help="films of each kind (default: %(default)s, all)")
+    add("--chains", type=count, default=4, metavar="N", help="long chains (default: %(default)s; 0: none)")
+    add("--minutes", type=minutes, default=5.0, metavar="M", help="length of a chain (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--out", type=Path, default=None, metavar="FOLDER", help="where sheets and JSON go")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what to compute on")
@@ -299,15 +254,11 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser = commands.add_parser("calibrate", help="measure task times on this hardware, for `plan`")
     add = parser.add_argument
     add("--checkpoint", default="pocket", metavar="NAME", help="checkpoint folder or name (default: %(default)s)")
-    add("--workers", type=_positive, default=None, metavar="N", help="how many at once (default: as `render`)")
-    add("--threads", type=_positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
+    add("--workers", type=positive, default=None, metavar="N", help="how many at once (default: as `render`)")
+    add("--threads", type=positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
     add("--json", action="store_true", help="machine-readable output on stdout")
     parser.set_defaults(command=_calibrate)
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.cli_values import duration_s, moment, money, positive, seconds
 from pipeline.tasks import NAME_PATTERN
 
 if TYPE_CHECKING:
@@ -107,10 +107,10 @@ def _add_farm(commands: Commands) -> None:
     add = start.add_argument
     add("--farm-store", default=None, metavar="PLACE", help="of its books (default: $LONGTAKE_FARM, renders/farm)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what the workers compute on")
-    add("--threads", type=_whole, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
-    add("--workers", dest="most_workers", type=_whole, default=None, metavar="N", help="at most so many")
-    add("--idle", dest="idle_s", type=_duration, default=None, metavar="2m", help="end idle workers then (default: 2m)")
-    add("--price", dest="price_hour", type=float, default=None, metavar="P", help="of one worker and hour")
+    add("--threads", type=positive, default=None, metavar="N", help="compute threads of a worker (CPU: 1)")
+    add("--workers", dest="most_workers", type=positive, default=None, metavar="N", help="at most so many")
+    add("--idle", dest="idle_s", type=duration_s, default=None, metavar="2m", help="end idle ones then (default: 2m)")
+    add("--price", dest="price_hour", type=money, default=None, metavar="P", help="of one worker and hour")
     start.set_defaults(command=_farm_start)
     stop = actions.add_parser("stop", help="save what runs and end it; the queue stays in its books")
     add_cluster(stop)
@@ -128,10 +128,10 @@ def _add_submit(commands: Commands) -> None:
     add("--id", default=None, metavar="ID", help="the render's id (default: from its title and store)")
     add("--owner", default=None, metavar="NAME", help="who it is for (default: you)")
     add("--priority", type=int, default=50, metavar="0-100", help="higher ones go first (default: %(default)s)")
-    add("--gpus", dest="most_workers", type=_whole, default=None, metavar="N", help="at most so many workers at once")
-    add("--gang", type=_whole, default=1, metavar="N", help="workers that compute each segment together")
-    add("--start-after", type=_moment, default=0.0, metavar="TIME", help="2026-12-24T20:00, local unless it says")
-    add("--done-by", type=_moment, default=None, metavar="TIME", help="goes before its equals once that is in danger")
+    add("--gpus", dest="most_workers", type=positive, default=None, metavar="N", help="at most so many workers at once")
+    add("--gang", type=positive, default=1, metavar="N", help="workers that compute each segment together")
+    add("--start-after", type=moment, default=0.0, metavar="TIME", help="2026-12-24T20:00, local unless it says")
+    add("--done-by", type=moment, default=None, metavar="TIME", help="goes before its equals once that is in danger")
     _add_budget(parser)
     add("--allow-mixed", action="store_true", help="use workers with another numerics record, and report it")
     add(
@@ -145,31 +145,8 @@ def _add_submit(commands: Commands) -> None:
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--max-cost", type=float, default=None, metavar="COST", help="pause once so much is spent (farm's --price)")
-    add("--deadline", type=_duration, default=None, metavar="8h", help="pause after that time of one run")
-
-
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
-
-
-def _duration(text: str) -> float:
-    from pipeline.spec_values import parse_duration
-
-    try:
-        return float(parse_duration(text).seconds)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not a duration such as 8h or 90m") from error
-
-
-def _moment(text: str) -> float:
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not a time such as 2026-12-24T20:00") from error
+    add("--max-cost", type=money, default=None, metavar="COST", help="pause once so much is spent (farm's --price)")
+    add("--deadline", type=seconds, default=None, metavar="8h", help="pause after that time of one run")
 
 
 def _farm_start(options: argparse.Namespace) -> int:

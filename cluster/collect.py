@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from cluster.ask import running
-from cluster.places import open_render
+from cluster.places import open_ledger, open_render
 from cluster.recipe import load_recipe, make_plan
 from cluster.versions import whole_film
 from pipeline.errors import UserError
@@ -32,7 +32,7 @@ def print_collection(place: str, store: str | None, *, dry_run: bool, orphans: b
     """Delete what nothing needs, or with `dry_run` only say it. Raises SettingError beside a running render."""
     render = open_render(place, store)
     load_recipe(render)
-    ledger = Ledger(render)
+    ledger = open_ledger(render)
     if dry_run:
         holder = running(render)
         if holder is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cluster.places import open_ledger
 from cluster.recipe import load_recipe, make_plan
 from pipeline.errors import SettingError, TransientError
-from pipeline.ledger import Ledger
 from pipeline.store import CHUNK_BYTES, Store, hash_stream
 from pipeline.tasks import ArtifactFile
 
@@ -19,7 +19,7 @@ def download_film(store: Store, to: Path | None) -> Path:
 
     What has arrived lies beside it as `.<name>.<digest>.part`, so a film made again never goes on with the old one.
     """
-    recipe, state = load_recipe(store), Ledger(store).load()
+    recipe, state = load_recipe(store), open_ledger(store).load()
     plan = make_plan(recipe, state.overrides)
     record = state.commits.get(plan.film_task_id)
     if record is None:

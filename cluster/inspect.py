@@ -8,13 +8,13 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
-from cluster.places import open_render
+from cluster.places import open_ledger, open_render
 from cluster.recipe import load_recipe, make_plan
 from pipeline.errors import SettingError
 from pipeline.inspection import Inspection, Known, Shot, TaskTiming, inspect_film
 from pipeline.inspection_files import write_inspection
 from pipeline.known_seams import seams_of
-from pipeline.ledger import Ledger, LedgerState
+from pipeline.ledger import LedgerState
 from pipeline.media import Ffmpeg, find_ffmpeg
 from pipeline.plan import Plan
 from pipeline.store import Store
@@ -33,7 +33,7 @@ def print_inspection(place: str, store: str | None, out: Path | None, *, as_json
         inspection = inspect_film(path, find_ffmpeg())
     else:
         render = open_render(place, store)
-        inspection, _ = inspect_render(render, Ledger(render).load(), find_ffmpeg())
+        inspection, _ = inspect_render(render, open_ledger(render).load(), find_ffmpeg())
     files = write_inspection(inspection, folder)
     if as_json:
         print(json.dumps({**inspection.to_json(), "files": {k: str(v) for k, v in files.items()}}))

@@ -9,11 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.ask import running
-from cluster.places import open_render
+from cluster.places import open_ledger, open_render
 from cluster.progress import format_seconds
 from cluster.recipe import load_recipe, make_plan
 from pipeline.errors import SettingError
-from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.store import Store
 from pipeline.story import AttemptStory, TaskStory, task_stories
@@ -22,7 +21,7 @@ from pipeline.story import AttemptStory, TaskStory, task_stories
 def print_logs(place: str, store: str | None, name: str | None, *, as_json: bool) -> int:
     """A line for each attempt; with `name` (a task's id or label) that task's attempts with their full logs."""
     render = open_render(place, store)
-    recipe, ledger = load_recipe(render), Ledger(render)
+    recipe, ledger = load_recipe(render), open_ledger(render)
     state = ledger.load()
     plan, live = make_plan(recipe, state.overrides), running(render)
     stories = task_stories(ledger.history(), state.commits, live.epoch if live else None)

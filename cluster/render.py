@@ -23,7 +23,7 @@ from types import FrameType
 from cluster.ask import Taken, ask, new_request, running
 from cluster.job import News, Outcome, RenderJob, WorkerSettings
 from cluster.placement import place_workers
-from cluster.places import default_store
+from cluster.places import default_store, open_ledger
 from cluster.preflight import check_before_rendering
 from cluster.probe import load_storyboard, probe_facts
 from cluster.progress import Display, format_seconds, make_display
@@ -32,7 +32,7 @@ from pipeline.changes import left_to_do
 from pipeline.errors import InputFileError, Interrupted, SettingError, TransientError, first_line
 from pipeline.journal import RedoRequested
 from pipeline.lease import refuse_if_live, this_process
-from pipeline.ledger import Ledger, LedgerState
+from pipeline.ledger import LedgerState
 from pipeline.media_encode import ENCODER_THREADS
 from pipeline.plan import Plan, Until
 from pipeline.redo import Redo, choose_redo, with_redo
@@ -135,7 +135,7 @@ def prepare(request: RenderRequest) -> Prepared:
         takes=request.takes,
         versions=software_versions(),
     )
-    state = LedgerState() if request.fresh else Ledger(store, on_wait=_say_waiting).load()
+    state = LedgerState() if request.fresh else open_ledger(store).load()
     plan = make_plan(recipe, state.overrides)
     if not request.redo:
         if request.refine_only:
@@ -166,10 +166,6 @@ def render(request: RenderRequest) -> int:
         finally:
             display.close()
         return _conclude(outcome, prepared.store, target, display, request, time.monotonic() - started_s)
-
-
-def _say_waiting(why: str) -> None:
-    print(f"waiting: {why}", file=sys.stderr)
 
 
 def ask_redo(prepared: Prepared) -> Taken:
@@ -213,7 +209,7 @@ def _refuse_second(store: Store) -> None:
     holder's heartbeat tells; taking the lease watches that.
     """
     until_s = time.monotonic() + ORPHAN_WAIT_S
-    while (holder := Ledger(store, on_wait=_say_waiting).holder()) is not None:
+    while (holder := open_ledger(store).holder()) is not None:
         try:
             refuse_if_live(store, holder, this_process(), watch_s=0.0, sleep=time.sleep)
             return

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.outlook import Cluster, look_ahead
-from cluster.places import open_render
+from cluster.places import open_ledger, open_render
 from cluster.probe import UNKNOWN_DIGEST, network_sizes
 from cluster.progress import PHASES, format_seconds
 from cluster.recipe import Recipe, load_recipe, make_plan
@@ -21,7 +21,7 @@ from cluster.render import Prepared, RenderRequest, prepare
 from pipeline.changes import reasons
 from pipeline.errors import LongtakeError, SettingError, UserError
 from pipeline.lease import lives, this_process
-from pipeline.ledger import Ledger, LedgerState, Verification
+from pipeline.ledger import LedgerState, Verification
 from pipeline.memory import LEAST, RoleMemory, needs, too_small
 from pipeline.plan import Plan
 from pipeline.redo import describe_redo
@@ -107,7 +107,7 @@ def _done(plan: Plan, state: LedgerState) -> set[str]:
 def print_status(place: str, store: str | None, *, as_json: bool) -> int:
     """How far the render is, from its store."""
     render = open_render(place, store)
-    recipe, state = load_recipe(render), Ledger(render).load()
+    recipe, state = load_recipe(render), open_ledger(render).load()
     status = describe_status(render, recipe, state)
     if as_json:
         print(json.dumps(status))
@@ -180,7 +180,7 @@ def _last_report(store: Store) -> dict[str, Any]:
 
 def _holder(store: Store) -> dict[str, Any]:
     """Who renders here, as far as can be told; a holder elsewhere is live until it says otherwise."""
-    holder = Ledger(store).holder()
+    holder = open_ledger(store).holder()
     if holder is None:
         return {"live": False}
     owner = holder.owner
@@ -223,7 +223,7 @@ def print_verification(place: str, store: str | None, *, as_json: bool) -> int:
     """
     render = open_render(place, store)
     load_recipe(render)
-    found = Ledger(render).verify()
+    found = open_ledger(render).verify()
     unnoted = _note_invalid(render, found) if found.invalid else ""
     if as_json:
         print(json.dumps({"store": render.url, "not_noted": unnoted, **asdict(found)}))
@@ -238,7 +238,7 @@ def print_verification(place: str, store: str | None, *, as_json: bool) -> int:
 
 def _note_invalid(render: Store, found: Verification) -> str:
     """Journal the findings; why that could not be, or ""."""
-    ledger = Ledger(render)
+    ledger = open_ledger(render)
     try:
         ledger.take_lease()
         ledger.apply_verification(found)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.ask import ask, new_request, say
-from cluster.places import open_render
+from cluster.places import open_ledger, open_render
 from cluster.recipe import Recipe, load_recipe, make_plan
 from pipeline.errors import SettingError
 from pipeline.facts import Overrides
 from pipeline.journal import ShotLocked, ShotUnlocked, TakePicked
-from pipeline.ledger import Ledger, LedgerState
+from pipeline.ledger import LedgerState
 from pipeline.locks import lock_shot
 from pipeline.plan import Plan
 from pipeline.store import Store
@@ -19,7 +19,7 @@ from pipeline.store import Store
 def print_pick(place: str, store: str | None, shot_id: str, take: int, *, as_json: bool) -> int:
     """Have the film show this take of the shot from now on."""
     render = open_render(place, store)
-    recipe, state = whole_film(render), Ledger(render).load()
+    recipe, state = whole_film(render), open_ledger(render).load()
     overrides = state.overrides
     _check_shot(make_plan(recipe, overrides), shot_id)
     if shot_id in state.locks:
@@ -37,7 +37,7 @@ def print_pick(place: str, store: str | None, shot_id: str, take: int, *, as_jso
 def print_lock(place: str, store: str | None, shot_id: str, *, as_json: bool) -> int:
     """Keep the shot as it is, whatever code and checkpoint come."""
     render = open_render(place, store)
-    state = Ledger(render).load()
+    state = open_ledger(render).load()
     plan = make_plan(whole_film(render), state.overrides)
     _check_shot(plan, shot_id)
     lock = lock_shot(shot_id, plan.tasks, state.commits, state.locks)
@@ -49,7 +49,7 @@ def print_lock(place: str, store: str | None, shot_id: str, *, as_json: bool) ->
 def print_unlock(place: str, store: str | None, shot_id: str, *, as_json: bool) -> int:
     """Plan the shot like any other again."""
     render = open_render(place, store)
-    state = Ledger(render).load()
+    state = open_ledger(render).load()
     if shot_id not in state.locks:
         remedy = f"Locked are: {', '.join(state.locks) or 'none'}."
         raise SettingError("is not locked", field="SHOT", value=shot_id, remedy=remedy)

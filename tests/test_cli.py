@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from cluster.cli import main
 from cluster.preflight import check_precision
 from cluster.probe import OFFICIAL
-from pipeline.errors import SettingError
+from cluster.render import RenderRequest, prepare
+from pipeline.errors import SettingError, StoreError
 from pipeline.media_child import find_ffmpeg
 from pipeline.spec import Memory
+from pipeline.store import LocalStore, StoredFile
 from tests.tiny_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +114,43 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["render", "film.yaml", "--deadline", "soon"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["submit", "film.yaml", "--deadline", "45f"], "--deadline: 45f are frames"),
+        (["resume", "film-1", "--deadline", "0s"], "--deadline: 0s is no time at all"),
+        (["resume", "film-1", "--max-cost", "nan"], "--max-cost: nan is no amount of money"),
+        (["farm", "start", "--price", "-1"], "--price: -1 is no amount of money"),
+        (["farm", "start", "--workers", "0"], "--workers: 0 is no whole number"),
+        (["farm", "start", "--idle", "soon"], "--idle: soon is not a duration"),
+    ],
+)
+def test_words_that_no_farm_can_go_by_are_refused(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_command_that_waits_for_a_store_says_so(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = write(storyboard(tiny_checkpoint))
+    prepared = prepare(RenderRequest(Path(film)))
+    prepared.recipe.put(prepared.store)
+    silences = [StoreError("connection refused")]
+
+    def listed(store: LocalStore, prefix: str = "") -> list[StoredFile]:
+        if silences:
+            raise silences.pop()
+        return []
+
+    monkeypatch.setattr(LocalStore, "list", listed)
+    assert main(["status", film]) == 0
+    assert "waiting: the store does not answer (connection refused)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

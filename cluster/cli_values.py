@@ -1,0 +1,87 @@
+"""What words of the command line mean: counts, times, money, sizes.
+
+One that means nothing is an ArgumentTypeError, which argparse tells with the option's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from datetime import datetime
+
+
+def name_list(text: str) -> list[str]:
+    """`A,B`."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number, 0 included."""
+    return 0 if text == "0" else positive(text)
+
+
+def duration_s(text: str) -> float:
+    """`8h`, `1m30s`; nothing, too."""
+    from pipeline.spec_values import parse_duration
+
+    try:
+        duration = parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a duration such as 8h or 90m") from error
+    if duration.frames is not None:
+        raise argparse.ArgumentTypeError(f"{text} are frames, wanted is a duration such as 8h or 90m")
+    return float(duration.seconds)
+
+
+def seconds(text: str) -> float:
+    """The same, but more than nothing."""
+    number = duration_s(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no time at all")
+    return number
+
+
+def moment(text: str) -> float:
+    """`2026-12-24T20:00`, local unless it says; Unix time."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a time such as 2026-12-24T20:00") from error
+
+
+def money(text: str) -> float:
+    """An amount, 0 included."""
+    return 0.0 if text == "0" else _above_zero(text, "amount of money such as 4.59")
+
+
+def gigabytes(text: str) -> float:
+    """The size of a card."""
+    return _above_zero(text, "size of a card in GB, such as 24")
+
+
+def minutes(text: str) -> float:
+    """A length in minutes."""
+    return _above_zero(text, "number of minutes, such as 5 or 0.5")
+
+
+def gpu_type(text: str) -> str:
+    """`H200`, `NVIDIA H200`."""
+    from cluster.paces import short_name
+
+    return short_name(text)
+
+
+def _above_zero(text: str, wanted: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no {wanted}")
+    return number
