@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from itertools import pairwise
 from pathlib import Path
 
 from cluster.places import open_ledger, open_render
 from cluster.recipe import load_recipe, make_plan
+from cluster.scratch import scratch_folder
 from pipeline.errors import SettingError
 from pipeline.inspection import Inspection, Known, Shot, TaskTiming, inspect_film
 from pipeline.inspection_files import write_inspection
@@ -59,8 +59,8 @@ def inspect_render(store: Store, state: LedgerState, ffmpeg: Ffmpeg) -> tuple[In
     if film is None:
         remedy = "Let the render finish, or inspect its film_so_far."
         raise SettingError("this render has no film yet", field="RENDER", value=store.url, remedy=remedy)
-    with tempfile.TemporaryDirectory(prefix="lt-inspect-") as folder:
-        path = store.open_local(film.files[0], Path(folder))
+    with scratch_folder("lt-inspect-") as folder:
+        path = store.open_local(film.files[0], folder)
         return inspect_film(path, ffmpeg, known_of(plan, state, recipe.spec.title)), film
 
 

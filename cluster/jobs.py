@@ -56,8 +56,7 @@ def run_there(
         command.append("--insecure")
     environment = {"working_dir": str(folder)} if folder is not None else {}
     job_id = _submitted(client, f"python -m cluster.cli {shlex.join(command)}", environment)
-    asyncio.run(_pass_on(client, job_id, out or sys.stdout))
-    return _exit_code(client, job_id)
+    return asyncio.run(_follow(client, job_id, out or sys.stdout))
 
 
 def submit_there(address: str, film: RenderRequest, words: Sequence[str], *, insecure: bool) -> int:
@@ -131,6 +130,20 @@ def _submitted(client: Any, entrypoint: str, environment: dict[str, str]) -> str
             if time.monotonic() >= until_s:
                 raise TransientError("the cluster takes no jobs yet; try again later") from error
         time.sleep(LOOK_S)
+
+
+async def _follow(client: Any, job_id: str, out: IO[str]) -> int:
+    """Pass a job's output on to its end; its exit code."""
+    from aiohttp import ClientError
+
+    try:
+        await _pass_on(client, job_id, out)
+        return _exit_code(client, job_id)
+    except BrokenPipeError:
+        raise
+    except (ClientError, OSError, RuntimeError) as error:
+        goes_on = f"job {job_id} goes on there, `ray job logs --follow {job_id}` follows it"
+        raise TransientError(f"the connection to the cluster is lost: {first_line(error)}; {goes_on}") from error
 
 
 async def _pass_on(client: Any, job_id: str, out: IO[str]) -> None:

@@ -4,7 +4,6 @@ neither torch nor ray.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,8 +24,8 @@ from pipeline.media_film import check_soundtrack, read_recipe
 from pipeline.media_read import probe
 from pipeline.memory import NetworkSizes
 from pipeline.spec import Storyboard, load_spec, parse_spec
+from pipeline.store import hash_stream
 
-CHUNK_BYTES = 1 << 20
 OFFICIAL = "meituan-longcat/LongCat-Video"
 UNKNOWN_DIGEST = "0" * 64
 """Of a checkpoint that is planned for without being here."""
@@ -199,7 +198,6 @@ def _lora_sha256(field: str, path: str) -> str:
 
 def file_sha256(path: Path) -> str:
     """sha256 (hex) of a user's file. Raises InputFileError."""
-    sha256 = hashlib.sha256()
     try:
         # Opening a pipe that nobody writes to would wait for ever.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -207,9 +205,7 @@ def file_sha256(path: Path) -> str:
                 "cannot be read: it is a folder, a pipe or a device", field=str(path), remedy="Name a file."
             )
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                sha256.update(chunk)
+            return hash_stream(file)[0]
     except OSError as error:
         remedy = "Name a file that exists and is readable."
         raise InputFileError(f"cannot be read: {error.strerror}", field=str(path), remedy=remedy) from error
-    return sha256.hexdigest()

@@ -6,7 +6,6 @@ loses nothing. Runs in a thread of the orchestrator; a refresh that takes long m
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -15,6 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from cluster.recipe import Recipe
+from cluster.scratch import scratch_folder
 from pipeline.media import Unit, film_so_far, find_ffmpeg
 from pipeline.plan import Plan
 from pipeline.report import MOST_TILES, FilmFile, RenderState, Tile, contact_sheet, report_json, thumbnails
@@ -63,10 +63,10 @@ class Publisher:
     def _refresh(self, commits: Mapping[str, CommitRecord], state: RenderState, message: str) -> None:
         film = self.plan.tasks[self.plan.film_task_id]
         frames: Sequence[int] = film.params["unit_frames"]
-        with tempfile.TemporaryDirectory(prefix="lt-publish-") as folder:
+        with scratch_folder("lt-publish-") as folder:
             if film.id not in commits:
-                self._put_film_so_far(film, commits, Path(folder))
-            self._put_contact_sheet(film, frames, commits, Path(folder))
+                self._put_film_so_far(film, commits, folder)
+            self._put_contact_sheet(film, frames, commits, folder)
         report = report_json(
             title=self._recipe.spec.title,
             state=state,

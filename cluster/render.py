@@ -11,7 +11,6 @@ import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +27,7 @@ from cluster.preflight import check_before_rendering
 from cluster.probe import load_storyboard, probe_facts
 from cluster.progress import Display, format_seconds, make_display
 from cluster.recipe import Recipe, make_plan
+from cluster.scratch import scratch_folder
 from pipeline.changes import left_to_do
 from pipeline.errors import InputFileError, Interrupted, SettingError, TransientError, first_line
 from pipeline.journal import RedoRequested
@@ -367,8 +367,8 @@ def deliver(film: CommitRecord, store: Store, target: Path) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            shutil.copyfile(store.open_local(artifact, Path(scratch)), partial)
+        with scratch_folder("lt-film-") as scratch:
+            shutil.copyfile(store.open_local(artifact, scratch), partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, target)

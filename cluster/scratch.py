@@ -4,10 +4,13 @@ of processes that were killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,6 +18,21 @@ def make_folder(root: str | Path, prefix: str) -> Path:
     """A folder of this process in `root`; those of the same prefix whose processes are gone are removed."""
     sweep(root, prefix)
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=root))
+
+
+def own_prefix(prefix: str) -> str:
+    """Pods may share a machine's temporary folder, but not the numbers of their processes."""
+    return f"{prefix}{socket.gethostname()}-"
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder for copies of films. Gone afterwards; if this process is killed, the next one removes it."""
+    folder = make_folder(tempfile.gettempdir(), own_prefix(prefix))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(root: str | Path, prefix: str) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from cluster.job import Failed, Greeting, Serves, Standing, WorkerSettings
-from cluster.scratch import make_folder
+from cluster.scratch import make_folder, own_prefix
 from cluster.worker_log import WorkerLog
 from pipeline.events import fault_of
 from pipeline.media_child import find_ffmpeg
@@ -58,9 +58,7 @@ class Worker:
         self._settings = settings
         self._log = WorkerLog()
         self._store = MeteredStore(open_store(settings.store_url), Meter())
-        # Pods may share a machine's temporary folder, but not the numbers of their processes.
-        prefix = f"lt-work-{socket.gethostname()}-"
-        self._scratch_path = make_folder(settings.scratch_root or tempfile.gettempdir(), prefix)
+        self._scratch_path = make_folder(settings.scratch_root or tempfile.gettempdir(), own_prefix("lt-work-"))
         self._stop = threading.Event()
         self._standing = Standing()
         self._actor: Any = None

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.drift import Drift, measure_drift
 from pipeline.errors import InputFileError
 from pipeline.faults import Fault, find_faults, flicker
@@ -120,7 +118,7 @@ def inspect_film(film: Path, ffmpeg: Ffmpeg, known: Known | None = None) -> Insp
         drift=measure_drift(table),
         shot_drift={shot.id: measure_drift(table, slice(shot.start, shot.stop)) for shot in known.shots},
         seams=score_seams(table, known.seams, found),
-        joins=find_joins(table, np.array(meter.headings), found),
+        joins=find_joins(table, meter.headings, found),
         faults=find_faults(table),
         flicker=flicker(table),
         tiles=tiles,

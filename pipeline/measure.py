@@ -9,6 +9,7 @@ Legend: frames uint8 [h,w,3] RGB; Lab is CIELAB (D65), L 0..100; flow [h,w,2] in
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -82,10 +83,11 @@ class FilmMeter:
     A change stands at the frame it leads to; the first frame's changes are 0, and so is `flow` of the second.
     """
 
-    rows: list[dict[str, float]] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
-    headings: list[Floats] = field(default_factory=list)
-    """For each frame the motion in each of HEADINGS directions: pixels of the look a frame, mean over it."""
+    _columns: dict[str, array[float]] = field(default_factory=dict)
+    """Eight bytes a value, for films of hours."""
+    _headings: array[float] = field(default_factory=lambda: array("d"))
+    _time_s: float = 0.0
+    """Of the frame before."""
     _seen: _Seen | None = None
     _rgb_before_last: Picture | None = None
     _reference: list[Floats] = field(default_factory=list)
@@ -101,24 +103,27 @@ class FilmMeter:
         row["flash"] = self._flash(rgb)
         row["colour_distance"] = self._colour_distance(now.cumulative, time_s)
         self._rgb_before_last = self._seen.rgb if self._seen else None
-        self._seen = now
-        self.headings.append(headings(now.flow_back))
-        self.rows.append(row)
-        self.times_s.append(time_s)
+        self._seen, self._time_s = now, time_s
+        self._headings.extend(headings(now.flow_back))
+        for name, value in {"time_s": time_s, **row}.items():
+            self._columns.setdefault(name, array("d")).append(value)
 
     def table(self) -> dict[str, Floats]:
         """The columns: `time_s`, DRIFT_MEASURES, CHANGES and FAULT_MEASURES, each float64 [frames]."""
-        columns = {"time_s": np.array(self.times_s)}
-        for name in (*DRIFT_MEASURES, *CHANGES, *FAULT_MEASURES):
-            columns[name] = np.array([row[name] for row in self.rows])
-        return columns
+        names = ("time_s", *DRIFT_MEASURES, *CHANGES, *FAULT_MEASURES)
+        return {name: np.array(self._columns.get(name, ())) for name in names}
+
+    @property
+    def headings(self) -> Floats:
+        """The motion in each of HEADINGS directions, [frames, HEADINGS]: pixels of the look a frame, mean over it."""
+        return np.array(self._headings).reshape(-1, HEADINGS)
 
     def _changes(self, now: _Seen, time_s: float) -> dict[str, float]:
         before = self._seen
         if before is None:
             return {**dict.fromkeys(CHANGES, 0.0), "motion": 0.0}
         now.flow_back = _flow(now.luma, before.luma)
-        step_s = max(1e-6, time_s - self.times_s[-1])
+        step_s = max(1e-6, time_s - self._time_s)
         length = float(np.hypot(now.flow_back[..., 0], now.flow_back[..., 1]).mean())
         return {
             "pixels": float(np.abs(now.rgb - before.rgb).mean()),

@@ -123,7 +123,7 @@ def detect(pieces: list[Piece]) -> Outcome:
         meter.add(frame, frames / FPS)
         frames += 1
     table, truth = meter.table(), joins_of(pieces)
-    joins = find_joins(table, np.array(meter.headings), stand_out(table))
+    joins = find_joins(table, meter.headings, stand_out(table))
     at = [join.frame for join in joins]
     found = [kind for t, kind in truth.items() if any(abs(t - j) <= TOLERANCE_FRAMES for j in at)]
     alarms = sum(all(abs(t - j) > TOLERANCE_FRAMES for t in truth) for j in at)

@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, forma
 from cluster.publish import units_so_far
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.render import put_media, useful_workers
-from cluster.scratch import make_folder
+from cluster.scratch import make_folder, scratch_folder
 from cluster.worker import Worker, worker_class
 from model.digest import digest
 from pipeline.errors import InputFileError, SettingError, StoreError, first_line
@@ -99,6 +100,19 @@ def test_folders_of_killed_processes_are_swept(tmp_path: Path, prefix: str) -> N
         (tmp_path / name).mkdir()
     made = make_folder(tmp_path, prefix)
     assert {path.name for path in tmp_path.iterdir()} == kept | {made.name}
+
+
+def test_copies_of_films_are_gone_afterwards_and_those_of_a_killed_process_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be as large as the film: where the store is elsewhere, everything is read through them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os; from cluster.scratch import scratch_folder\nwith scratch_folder('lt-film-'): os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    (left,) = tmp_path.iterdir()
+    with scratch_folder("lt-film-") as folder:
+        assert not left.exists() and folder.parent == tmp_path
+    assert not list(tmp_path.iterdir())
 
 
 # Recipe

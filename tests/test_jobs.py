@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from aiohttp import ClientConnectionError
 
 from cluster.cli import main
 
@@ -24,6 +25,7 @@ class Jobs:
         self.files: list[dict[str, bytes]] = []
         self.says, self.exit_code = "", 0
         self.refusals: list[Exception] = []
+        self.breaks: Exception | None = None
 
     def __call__(self, address: str) -> Jobs:
         assert address == DASHBOARD
@@ -40,6 +42,8 @@ class Jobs:
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         yield self.says
+        if self.breaks is not None:
+            raise self.breaks
 
     def get_job_info(self, job_id: str) -> Any:
         return SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: True), driver_exit_code=self.exit_code)
@@ -73,6 +77,16 @@ def test_a_command_is_run_there_and_its_output_and_exit_code_come_back(
 def test_a_job_without_an_exit_code_has_failed(jobs: Jobs) -> None:
     jobs.exit_code = None  # type: ignore[assignment]
     assert main(["list", "--address", DASHBOARD]) == 1
+
+
+@pytest.mark.parametrize("broken", [RuntimeError("closed"), ClientConnectionError("reset"), OSError("reset")])
+def test_a_connection_that_breaks_is_told_with_what_to_do(
+    jobs: Jobs, capsys: pytest.CaptureFixture[str], broken: Exception
+) -> None:
+    jobs.breaks = broken
+    assert main(["watch", "film-1", "--address", DASHBOARD]) == 1
+    said = capsys.readouterr().err
+    assert "connection to the cluster is lost" in said and "ray job logs --follow job" in said
 
 
 def test_a_cluster_that_has_just_started_gets_a_moment(
