@@ -47,8 +47,9 @@ def put_request(store: Store, epoch: int, request: Request) -> None:
 
 
 def new_requests(store: Store, epoch: int, known: set[str]) -> list[Request]:
-    """The requests to this epoch that are not `known` yet. Left out: one that cannot be read, and one that is gone
-    since it was listed, because whoever took the lease meanwhile has collected the garbage.
+    """The requests to this epoch that are not `known` yet. Left out: one that cannot be read, one with entries of another
+    version, and one that is gone since it was listed, because whoever took the lease meanwhile has collected the
+    garbage.
     """
     found = []
     for file in store.list(_folder(epoch)):
@@ -57,10 +58,10 @@ def new_requests(store: Store, epoch: int, known: set[str]) -> list[Request]:
             continue
         try:
             value = unseal(store.read(file.path))
-        except (TornRecord, FileNotFoundError):
+            entries = tuple(entry_from_json(entry) for entry in value["entries"])
+            found.append(Request(request_id, value["kind"], entries))
+        except (TornRecord, FileNotFoundError, KeyError, TypeError):
             continue
-        entries = tuple(entry_from_json(entry) for entry in value["entries"])
-        found.append(Request(request_id, value["kind"], entries))
     return found
 
 
@@ -74,9 +75,7 @@ def is_marked_taken(store: Store, epoch: int, request_id: str) -> bool:
     return store.head(f"{_folder(epoch)}/{request_id}.taken") is not None
 
 
-def entries_for(
-    request: Request, state: LedgerState, tasks: Iterable[Task], epoch: int
-) -> tuple[JournalEntry, ...]:
+def entries_for(request: Request, state: LedgerState, tasks: Iterable[Task], epoch: int) -> tuple[JournalEntry, ...]:
     """What taking the request in writes, in one piece; empty if it was taken in before.
 
     `tasks`: the plan's. A redo gets the generation after the present one even if that rose since it was asked.

@@ -18,6 +18,7 @@ from pipeline.journal import AttemptFailed, AttemptStarted, RedoRequested, Reque
 from pipeline.lease import Owner
 from pipeline.ledger import Ledger, LedgerState
 from pipeline.plan import Plan
+from pipeline.records import seal
 from pipeline.requests import Request, entries_for, is_marked_taken, mark_taken, new_requests, put_request
 from pipeline.spec import parse_spec
 from pipeline.store import LocalStore
@@ -73,6 +74,15 @@ def test_a_request_that_cannot_be_read_is_left_out(store: LocalStore) -> None:
     file = store.root / "requests/00000001/0001.json"
     file.write_bytes(file.read_bytes()[:-3])
     assert new_requests(store, 1, set()) == []
+
+
+@pytest.mark.parametrize("entry", [{"entry": "of-another-version"}, {"entry": "reset", "unknown": 1}, {}])
+def test_a_request_of_another_version_is_left_out_and_ends_no_render(
+    store: LocalStore, entry: dict[str, object]
+) -> None:
+    store.create_if_absent("requests/00000001/0001.json", seal({"kind": "retry", "entries": [entry]}))
+    put_request(store, 1, Request("0002", "pause"))
+    assert new_requests(store, 1, set()) == [Request("0002", "pause")]
 
 
 def test_a_request_that_was_collected_while_the_folder_was_read_is_no_error(store: LocalStore) -> None:
