@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.dispatch import backend_of
+from kernels.dispatch import backend_of, dense_attention
 from pipeline.media_child import find_ffmpeg
 from pipeline.tasks import RECIPE_VERSION
 
@@ -52,14 +52,15 @@ def describe_numerics(
         "ffmpeg": find_ffmpeg(ffmpeg).version,
         "encoder_threads": encoder_threads,
     }
-    return record if device != "cuda" else {**record, "cuda": _describe_cuda()}
+    return record if device != "cuda" else {**record, "cuda": _describe_cuda(dtype)}
 
 
-def _describe_cuda() -> dict[str, Any]:
+def _describe_cuda(dtype: str) -> dict[str, Any]:
     """What torch computes with on a GPU: its wheels' versions do not say it, and cuDNN may be another than theirs."""
+    attention = dense_attention("cuda", getattr(torch, dtype))
     chosen = {name: os.environ[name] for name in CUDA_CHOICES if name in os.environ}
     cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return {"toolkit": torch.version.cuda, "cudnn": cudnn, **chosen}
+    return {"toolkit": torch.version.cuda, "cudnn": cudnn, "dense_attention": attention, **chosen}
 
 
 def device_kind(device: str) -> str:

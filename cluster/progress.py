@@ -101,7 +101,8 @@ def event_text(event: dict[str, Any]) -> str | None:
         case "numerics":
             record = event["record"]
             kernels, ffmpeg = record["attention_backend"], record["ffmpeg"]
-            return f"computing on {record['device']}; attention and other kernels: {kernels}; ffmpeg {ffmpeg}"
+            dense = f"; dense attention: {record['cuda']['dense_attention']}" if "cuda" in record else ""
+            return f"computing on {record['device']}; attention and other kernels: {kernels}{dense}; ffmpeg {ffmpeg}"
         case "failed":
             where = f"{event['label'] or event['task']} on {event['host']}"
             return f"{where}: {event['kind']}: {event['message']}"

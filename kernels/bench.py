@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.block_sparse_attention import reference as bsa_reference
+from kernels.dispatch import dense_attention
 from kernels.linear import api as linear
 from kernels.linear import reference as linear_reference
 from kernels.modulate import api as modulate
@@ -402,7 +403,8 @@ def print_table(command: str, table: Iterator[Row]) -> int:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, ", end="")
-    print(f"CUDA {torch.version.cuda}, {datetime.date.today()}, `{command}`")
+    print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, ", end="")
+    print(f"dense attention: {dense_attention('cuda', torch.bfloat16)}, {datetime.date.today()}, `{command}`")
     print("| what | result | target | |\n|---|---|---|---|")
     missed = False
     for row in table:

@@ -12,6 +12,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 _FOUND = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,6 +26,13 @@ def backend_of(device: str) -> str:
     if not _FOUND or not (device == "cuda" or INTERPRETED):
         return "torch"
     return "triton interpreted" if INTERPRETED else "triton"
+
+
+def dense_attention(device: str, dtype: torch.dtype) -> str:
+    """Which of its attentions torch takes on a type of device for heads of 128: "cudnn", "flash", "efficient", "math".
+    It goes by the card, by cuDNN's version and by TORCH_CUDNN_SDPA_DEPRIORITIZED."""
+    q = torch.empty(1, 1, 128, 128, device=device, dtype=dtype)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.removesuffix("_ATTENTION").lower()
 
 
 def takes_kernel(*tensors: Tensor | None, makes: torch.dtype | None = None) -> bool:

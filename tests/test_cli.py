@@ -486,6 +486,17 @@ def test_checkpoint_verify_lists_what_is_wrong(here: Path, capsys: pytest.Captur
     assert "blocks.0.attn.proj.weight" in capsys.readouterr().err
 
 
+def test_doctor_says_which_dense_attention_a_gpu_gets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the versions of CUDA and cuDNN it may be one of two thirds of the speed."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr("kernels.dispatch.dense_attention", lambda device, dtype: f"cudnn for {device}, {dtype}")
+    main(["doctor"])
+    assert "GPUs: NVIDIA H100; dense attention: cudnn for cuda, torch.bfloat16" in capsys.readouterr().out
+
+
 def test_doctor_names_a_gpu_that_torch_cannot_use(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

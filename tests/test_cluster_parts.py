@@ -585,10 +585,12 @@ def test_what_kernels_and_attention_are_computed_with_is_said(tmp_path: Path) ->
     orchestrator = Orchestrator(RenderJob(str(tmp_path), recipe(), place, settings=None))  # type: ignore[arg-type]
     orchestrator._ledger.take_lease()
     numerics = {"device": "cuda H100", "attention_backend": "triton", "ffmpeg": "9.0.2"}
+    numerics |= {"cuda": {"dense_attention": "cudnn"}}
     for _ in range(2):
         orchestrator._pin(numerics)
     lines = [text for event in orchestrator._story.events if (text := event_text(event))]
-    assert lines == ["computing on cuda H100; attention and other kernels: triton; ffmpeg 9.0.2"]
+    kernels = "attention and other kernels: triton; dense attention: cudnn"
+    assert lines == [f"computing on cuda H100; {kernels}; ffmpeg 9.0.2"]
 
 
 def test_an_error_is_told_in_one_line() -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from actors.numerics import describe_numerics
+from kernels.dispatch import dense_attention
 from pipeline.ledger import compare_numerics
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +73,12 @@ def test_whatever_of_a_worker_may_change_a_bit_is_in_the_record() -> None:
     assert {"torch", "transformers", "tokenizers", "numpy", "pillow", "triton"} <= record["libraries"].keys()
 
 
+def test_torch_is_asked_which_dense_attention_it_takes() -> None:
+    assert dense_attention("cpu", torch.float32) == "flash"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert dense_attention("cpu", torch.float32) == "math"
+
+
 def test_on_a_gpu_the_record_holds_cuda_s_versions_and_what_chooses_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
     def record(device: str = "cuda") -> dict[str, Any]:
         return describe_numerics(device, "bfloat16", 4, None, 1, gang_size=1)
@@ -77,9 +86,11 @@ def test_on_a_gpu_the_record_holds_cuda_s_versions_and_what_chooses_algorithms(m
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92000)
+    monkeypatch.setattr("actors.numerics.dense_attention", lambda device, dtype: f"cudnn, {device}, {dtype}")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = record()
-    assert (before["device"], before["cuda"]) == ("cuda NVIDIA H100 80GB HBM3", {"toolkit": "13.0", "cudnn": 92000})
+    versions = {"toolkit": "13.0", "cudnn": 92000, "dense_attention": "cudnn, cuda, torch.bfloat16"}
+    assert (before["device"], before["cuda"]) == ("cuda NVIDIA H100 80GB HBM3", versions)
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91000)
     assert record() != before, "another cuDNN in the library path"
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92000)
