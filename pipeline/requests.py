@@ -47,9 +47,9 @@ def put_request(store: Store, epoch: int, request: Request) -> None:
 
 
 def new_requests(store: Store, epoch: int, known: set[str]) -> list[Request]:
-    """The requests to this epoch that are not `known` yet. Left out: one that cannot be read, one with entries of another
-    version, and one that is gone since it was listed, because whoever took the lease meanwhile has collected the
-    garbage.
+    """The requests to this epoch that are not `known` yet. Left out: one that cannot be read, one with entries of
+    another version, and one that is gone since it was listed, because whoever took the lease meanwhile has collected
+    the garbage.
     """
     found = []
     for file in store.list(_folder(epoch)):
