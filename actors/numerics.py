@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from pipeline.media_child import find_ffmpeg
 from pipeline.tasks import RECIPE_VERSION
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "triton")
+CPU_INFORMATION = Path("/proc/cpuinfo")
 CUDA_CHOICES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUBLASLT_WORKSPACE_SIZE",
@@ -25,6 +30,15 @@ CUDA_CHOICES = (
     "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
 )
 """Variables of the environment by which cuBLAS and cuDNN choose among algorithms that sum in different orders."""
+
+CPU_CHOICES = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OPENBLAS_CORETYPE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+)
+"""The same for CPUs: MKL on x86-64, OpenBLAS and oneDNN (which may compute fp32 in bf16 then) on ARM."""
 
 
 def settle_numerics() -> None:
@@ -52,7 +66,10 @@ def describe_numerics(
         "ffmpeg": find_ffmpeg(ffmpeg).version,
         "encoder_threads": encoder_threads,
     }
-    return record if device != "cuda" else {**record, "cuda": _describe_cuda(dtype)}
+    if device == "cuda":
+        return {**record, "cuda": _describe_cuda(dtype)}
+    chosen = {name: os.environ[name] for name in CPU_CHOICES if name in os.environ}
+    return {**record, "cpu": chosen} if chosen else record
 
 
 def _describe_cuda(dtype: str) -> dict[str, Any]:
@@ -64,10 +81,24 @@ def _describe_cuda(dtype: str) -> dict[str, Any]:
 
 
 def device_kind(device: str) -> str:
-    """What the kernels are chosen by: the GPU's model, or the CPU's vector instructions."""
+    """What the kernels are chosen by: the GPU's model, or the CPU's vector instructions, and its model where they do
+    not tell: OpenBLAS and Apple's library have others for each core, and the latter changes with macOS.
+    """
     if device == "cuda":
         return f"cuda {torch.cuda.get_device_name()}"
-    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    machine = platform.machine()
+    core = "" if machine == "x86_64" else f" {_core()}"
+    return f"cpu {machine} {torch.backends.cpu.get_cpu_capability()}{core}"
+
+
+def _core() -> str:
+    """The CPU's model: `Apple M2 Pro, macOS 15.1`, or `0x41 0xd4f`, the numbers of maker and core, on Linux."""
+    if sys.platform == "darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return f"{said.strip()}, macOS {platform.mac_ver()[0]}"
+    found = re.findall(r"^CPU (?:implementer|part)\s*: (\S+)", CPU_INFORMATION.read_text(), re.MULTILINE)
+    return " ".join(sorted(set(found)))
 
 
 def _version(library: str) -> str:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -73,13 +72,14 @@ def _ffmpeg() -> str:
 def _devices() -> str:
     import torch
 
+    from cluster.session import usable_cores
     from kernels.dispatch import dense_attention
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if not names and GPU_DEVICE.exists():
         raise LongtakeError(f"there is a GPU that torch {torch.__version__} cannot use: {_why_no_gpu()}")
     attention = f"; dense attention: {dense_attention('cuda', torch.bfloat16)}" if names else ""
-    return f"{len(os.sched_getaffinity(0))} CPU cores; GPUs: {', '.join(names) or 'none'}{attention}"
+    return f"{usable_cores()} CPU cores; GPUs: {', '.join(names) or 'none'}{attention}"
 
 
 def _why_no_gpu() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.places import open_ledger
 from cluster.recipe import load_recipe, make_plan
 from pipeline.errors import SettingError, TransientError
-from pipeline.store import CHUNK_BYTES, Store, hash_stream
+from pipeline.store import CHUNK_BYTES, Store, flush_to_disk, hash_stream
 from pipeline.tasks import ArtifactFile
 
 PIECE_BYTES = 4 * CHUNK_BYTES
@@ -48,7 +48,7 @@ def _fetch(store: Store, film: ArtifactFile, part: Path) -> None:
             stream.write(piece)
             stream.flush()
             have += len(piece)
-        os.fsync(stream.fileno())
+        flush_to_disk(stream.fileno())
     if _digest(part) != film.sha256:
         part.unlink()
         raise TransientError(f"{film.path}: what has arrived differs from its record; the same command starts over")

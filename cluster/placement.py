@@ -8,6 +8,7 @@ whatever the number of cores, so that a film does not depend on the machine it w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -62,7 +63,7 @@ def place_workers(
 
     Raises SettingError if the cluster has not what was asked for.
     """
-    gpus = int(resources.get("GPU", 0))
+    gpus = cuda_gpus(resources)
     if device == "cuda" and not gpus:
         raise SettingError("the cluster has no GPU", field="--device", value=device, remedy="Use --device cpu or auto.")
     if gang_size > 1:
@@ -77,13 +78,21 @@ def place_workers(
     return place if gang_size == 1 else _with_gangs(place, gang_size, chains)
 
 
+def cuda_gpus(resources: Mapping[str, float]) -> int:
+    """GPUs that CUDA runs on. Ray counts that of each Apple machine as well, and names its type by the chip."""
+    # As "accelerator_type:M2-Pro".
+    types = {name.removeprefix("accelerator_type:"): nodes for name, nodes in resources.items()}
+    apples = sum(nodes for name, nodes in types.items() if re.fullmatch(r"M\d(-\w+)?", name))
+    return max(int(resources.get("GPU", 0) - apples), 0)
+
+
 def device_for(resources: Mapping[str, float]) -> Device:
     """What the workers of a cluster compute on if nobody says it.
 
     Raises SettingError for one that has no workers yet. Those that its autoscaler starts may have GPUs, which Ray does
     not tell: on their processors a film would take weeks.
     """
-    if resources.get("GPU", 0) >= 1:
+    if cuda_gpus(resources):
         return "cuda"
     if resources.get("CPU", 0) > 0:
         return "cpu"

@@ -36,7 +36,7 @@ from pipeline.ledger import LedgerState
 from pipeline.media_encode import ENCODER_THREADS
 from pipeline.plan import Plan, Until
 from pipeline.redo import Redo, choose_redo, with_redo
-from pipeline.store import Store, open_store
+from pipeline.store import Store, flush_to_disk, open_store
 from pipeline.tasks import CommitRecord, Task
 
 FOLLOW_S = 0.5
@@ -234,13 +234,13 @@ def _stopping() -> Iterator[Stop]:
 
 def _run(request: RenderRequest, prepared: Prepared, display: Display, stop: Stop) -> Outcome:
     """Start a session and an orchestrator in it, and follow that to its end."""
-    from cluster.session import open_session
+    from cluster.session import open_session, usable_cores
 
     recipe, store, plan = prepared.recipe, prepared.store, prepared.plan
     put_media(plan, store)
     if request.address is None and os.environ.get("RAY_ADDRESS"):
         display.line("rendering on this machine; --address joins a cluster, RAY_ADDRESS alone does not")
-    cpus = max(_cores(), (request.workers or request.gang) * (request.threads or 1))
+    cpus = max(usable_cores(), (request.workers or request.gang) * (request.threads or 1))
     # Who names a number of GPU workers means them: a cluster that is starting gets the time for it.
     gpus = (request.workers or 0) if request.device == "cuda" else 0
     with open_session(request.address, cpus=cpus, gpus=gpus, insecure=request.insecure) as session:
@@ -335,10 +335,6 @@ def count_chains(plan: Plan) -> int:
     return max(1, sum(segments.isdisjoint(plan.tasks[task_id].inputs) for task_id in segments))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _conclude(
     outcome: Outcome,
     store: Store,
@@ -370,7 +366,7 @@ def deliver(film: CommitRecord, store: Store, target: Path) -> str:
         with scratch_folder("lt-film-") as scratch:
             shutil.copyfile(store.open_local(artifact, scratch), partial)
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno())
         os.replace(partial, target)
     except OSError as error:
         remedy = f"The film is kept in {store.url}; make room or name another place and run the same command."

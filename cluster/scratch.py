@@ -36,13 +36,21 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 
 def sweep(root: str | Path, prefix: str) -> None:
-    """Remove this user's folders of that prefix in `root` whose processes are gone. Does nothing without /proc."""
-    if not Path("/proc/self").exists():
-        return
+    """Remove this user's folders of that prefix in `root` whose processes are gone."""
     for folder in Path(root).glob(f"{prefix}*"):
-        match = re.fullmatch(rf"{re.escape(prefix)}(\d+)-[^-]+", folder.name)
+        match = re.fullmatch(rf"{re.escape(prefix)}(\d{{1,9}})-[^-]+", folder.name)
         try:
-            if match and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{match[1]}").exists():
+            if match and folder.stat().st_uid == os.getuid() and _is_gone(int(match[1])):
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:
             continue  # Somebody else was faster.
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # It is there, and another user's.
+    return False

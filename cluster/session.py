@@ -1,7 +1,7 @@
 """The Ray session of one command: a private local cluster, or a connection to a running one.
 
-A local session has its own short temporary folder (socket paths must stay under 108 bytes), a small object
-store (frames never travel through it), no dashboard and a token of its own, and it ends with the command.
+A local session has its own short temporary folder (socket paths must stay under 108 bytes, on macOS under 104), a small
+object store (frames never travel through it), no dashboard and a token of its own, and it ends with the command.
 Which clusters may be joined is `cluster.access`'s to say.
 
 Raises SettingError for an address that cannot be used.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ OBJECT_STORE_BYTES = 100 * 1024 * 1024
 START_ATTEMPTS = 4
 NODES_LOOK_S, NODES_LIMIT_S = 5.0, 1800.0
 _FOLDER_PREFIX = "lt-"
-# "<folder>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" has to fit into 107 bytes.
-_MAX_TEMP_CHARS = 24
+# "<folder>/session_<date>_<time>_<microseconds>_<pid>/sockets/plasma_store" has to fit into 107 bytes with a process
+# number of seven digits; on macOS, where it has five, into 103.
+MAX_TEMP_BYTES = 23
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def local_session(cpus: int) -> Iterator[Session]:
                 # Not the cluster that RAY_ADDRESS may name: that is joined by saying so.
                 address="local",
                 num_cpus=cpus,
+                # Ray would count Apple's as a GPU; the models here know none but NVIDIA's.
+                num_gpus=0 if sys.platform == "darwin" else None,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
@@ -158,4 +162,10 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _temp_root() -> str:
     root = tempfile.gettempdir()
-    return root if len(root) <= _MAX_TEMP_CHARS else "/tmp"
+    return root if len(os.fsencode(root)) <= MAX_TEMP_BYTES else "/tmp"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use; all of the machine where that cannot be asked (macOS)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

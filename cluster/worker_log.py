@@ -10,9 +10,11 @@ machines are wanted each line goes there as well.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import stat
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -135,7 +137,7 @@ class _Stderr:
         self._path: Path | None = None
         with contextlib.suppress(OSError):
             if stat.S_ISREG(os.fstat(2).st_mode):
-                self._path = Path(os.readlink("/proc/self/fd/2"))
+                self._path = _path_of(2)
                 self._start = self._path.stat().st_size
 
     def text(self) -> str:
@@ -150,3 +152,10 @@ class _Stderr:
         except OSError:
             return ""
         return f"\n--- stderr\n{data.decode(errors='replace').rstrip()}" if data.strip() else ""
+
+
+def _path_of(handle: int) -> Path:
+    """Where an open file lies. Raises OSError."""
+    if sys.platform == "darwin":
+        return Path(os.fsdecode(fcntl.fcntl(handle, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+    return Path(os.readlink(f"/proc/self/fd/{handle}"))

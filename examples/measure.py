@@ -56,6 +56,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         return 2
+    if not Path("/proc/self/smaps_rollup").exists():
+        print("memory is measured on Linux only: /proc/<pid>/smaps_rollup is not here", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="longtake-measure-") as folder:
         longtake = Path(sys.executable).with_name("longtake")
         command = [str(longtake), "render", *arguments, "--store", f"{folder}/render"]

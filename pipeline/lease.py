@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from pipeline.records import TornRecord, seal, unseal
 from pipeline.store import Store
 
 WATCH_STEP_S = 1.0
+PROC = Path("/proc")
+"""Not there on macOS."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that takes leases. `host` changes with every boot, `mark` tells a reused pid apart."""
+    """A process that takes leases. `host` changes with every boot (not on macOS), `mark` tells a reused pid apart."""
 
     host: str
     pid: int
@@ -42,8 +45,8 @@ class LeaseHolder:
 
 def this_process() -> Owner:
     """The owner that this process is."""
-    boot = _text(Path("/proc/sys/kernel/random/boot_id"))[:8]
-    space = _link(Path("/proc/self/ns/pid"))
+    boot = _text(PROC / "sys/kernel/random/boot_id")[:8]
+    space = _link(PROC / "self/ns/pid")
     return Owner(f"{socket.gethostname()}/{boot}/{space}", os.getpid(), _process_mark(os.getpid()))
 
 
@@ -136,10 +139,21 @@ def _beat(store: Store, epoch: int) -> bytes:
 
 
 def _process_mark(pid: int) -> str:
-    """The start time of a live process in clock ticks since boot, "" if there is none (or no /proc)."""
-    fields = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    """When a live process started, "" if there is none: in clock ticks since boot; without /proc as `ps` says it."""
+    if not (PROC / "self").exists():
+        return _mark_by_ps(pid)
+    fields = _text(PROC / f"{pid}/stat").rpartition(")")[2].split()
     # Field 3 (state) is fields[0]: a zombie has ended; field 22 is the start time.
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def _mark_by_ps(pid: int) -> str:
+    command = ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(pid)]
+    # Local time in words, so whoever asks must ask in the same zone and language.
+    environment = {**os.environ, "TZ": "UTC0", "LC_ALL": "C"}
+    said = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    state, *started = said.split() or [""]
+    return "" if state[:1] in ("Z", "X") else " ".join(started)
 
 
 def _text(path: Path) -> str:

@@ -29,6 +29,7 @@ from cluster.publish import units_so_far
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.render import put_media, useful_workers
 from cluster.scratch import make_folder, scratch_folder
+from cluster.session import MAX_TEMP_BYTES, usable_cores
 from cluster.worker import Worker, worker_class
 from model.digest import digest
 from pipeline.errors import InputFileError, SettingError, StoreError, first_line
@@ -88,7 +89,31 @@ def test_a_plan_with_one_window_keeps_one_worker_busy() -> None:
     assert useful_workers(short) == max(short.count("window"), short.count("encode"))
 
 
+def test_a_mac_s_gpu_is_none_though_ray_counts_it() -> None:
+    mac = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:M2-Pro": 1.0}
+    assert device_for(mac) == device_for({**mac, "accelerator_type:M4": 1.0}) == "cpu"
+    place = place_workers(mac, device="auto", workers=None, threads=None, useful=2)
+    assert (place.device, place.num_gpus, place.workers) == ("cpu", 0.0, 2)
+    with pytest.raises(SettingError, match="no GPU"):
+        place_workers(mac, device="cuda", workers=None, threads=None, useful=2)
+    for name in ("M60", "A100", "MI300X"):
+        assert device_for({"CPU": 8.0, "GPU": 1.0, f"accelerator_type:{name}": 1.0}) == "cuda"
+
+
+def test_a_system_that_cannot_bind_processes_to_cores_has_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    assert usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()
+
+
 # Sessions
+
+
+@pytest.mark.parametrize(("most_bytes", "pid"), [(107, 1 << 22), (103, 99_998)], ids=["Linux", "macOS"])
+def test_sockets_of_a_session_have_short_enough_paths(most_bytes: int, pid: int) -> None:
+    folder = "/" + "t" * (MAX_TEMP_BYTES - 1) + f"/lt-{pid}-abcdefgh"
+    assert len(f"{folder}/session_2026-11-27_10-50-00_123456_{pid}/sockets/plasma_store") <= most_bytes
 
 
 @pytest.mark.parametrize("prefix", ["lt-", "lt-work-node-7-"])

@@ -182,6 +182,7 @@ def test_weights_with_unwanted_loras_are_refused_with_what_is_there(source, targ
 # Interruption
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
 def test_a_file_gets_its_name_only_after_its_bytes_are_on_the_disk(source, target, monkeypatch):
     steps, fsync, replace = [], os.fsync, os.replace
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this system")
 @pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_network.py"])
 def test_kernels_agree_with_their_references_in_the_interpreter(file):
     """In a process of its own: Triton reads TRITON_INTERPRET when it is first imported."""

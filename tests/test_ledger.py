@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import lease
 from pipeline.errors import CorruptArtifact, LeaseLost, NumericsMismatch, SettingError, StoreError, WorkerLost
 from pipeline.journal import (
     AttemptFailed,
@@ -32,7 +35,7 @@ from pipeline.journal import (
     entry_from_json,
     entry_to_json,
 )
-from pipeline.lease import Owner, beat_path
+from pipeline.lease import LeaseHolder, Owner, beat_path
 from pipeline.ledger import Ledger, compare_numerics
 from pipeline.records import TornRecord, artifact_sha256, commit_to_json, seal, unseal
 from pipeline.store import LocalStore, open_store
@@ -146,6 +149,36 @@ def test_a_process_that_died_on_this_host_is_taken_over_at_once(store: LocalStor
     slept: list[float] = []
     assert Ledger(store, sleep=slept.append).take_lease() == 2
     assert not slept
+
+
+def test_without_proc_a_holder_lives_as_long_as_its_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on macOS: neither is a live render taken over, nor a dead one waited for."""
+    monkeypatch.setattr(lease, "PROC", tmp_path / "nowhere")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    me = lease.this_process()
+    owner = replace(me, pid=child.pid, mark=lease._process_mark(child.pid))
+
+    def found(owner: Owner) -> bool | None:
+        return lease.lives(LeaseHolder(1, owner, 0.0, False), me)
+
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    assert found(owner) and found(me)
+    assert found(replace(owner, mark="Thu Jan 1 00:00:00 2026")) is False, "another process with its number"
+    child.communicate(b"\n")
+    assert found(owner) is False
+
+
+def test_without_proc_a_process_that_has_ended_and_is_not_yet_reaped_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(lease, "PROC", tmp_path / "nowhere")
+    child = subprocess.Popen([sys.executable, "-c", "print(1)"], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    while child.stdout.read(1):
+        pass
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert lease._process_mark(child.pid) == ""
+    child.communicate()
 
 
 def test_a_holder_elsewhere_is_live_only_if_its_heartbeat_moves(store: LocalStore) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from actors import numerics
 from actors.numerics import describe_numerics
 from kernels.dispatch import dense_attention
 from pipeline.ledger import compare_numerics
@@ -77,6 +78,42 @@ def test_torch_is_asked_which_dense_attention_it_takes() -> None:
     assert dense_attention("cpu", torch.float32) == "flash"
     with sdpa_kernel(SDPBackend.MATH):
         assert dense_attention("cpu", torch.float32) == "math"
+
+
+@pytest.mark.parametrize("variable", numerics.CPU_CHOICES)
+def test_on_a_cpu_the_record_holds_what_chooses_algorithms(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """`MKL_CBWR=COMPATIBLE` changes the bits of a product, and torch says AVX512 all the same."""
+    for name in numerics.CPU_CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    before = describe_numerics("cpu", "float32", 1, None, 1, gang_size=1)
+    monkeypatch.setenv(variable, "X")
+    after = describe_numerics("cpu", "float32", 1, None, 1, gang_size=1)
+    assert compare_numerics(before, after)
+
+
+def test_cpus_that_are_no_x86_are_told_apart_by_their_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    kinds = []
+    for name, part in (("graviton2", "0xd0c"), ("grace", "0xd4f")):
+        core = f"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {part}\n\n"
+        (tmp_path / name).write_text(core * 2)
+        monkeypatch.setattr(numerics, "CPU_INFORMATION", tmp_path / name)
+        monkeypatch.setattr("platform.machine", lambda: "aarch64")
+        kinds.append(numerics.device_kind("cpu"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    said = subprocess.CompletedProcess([], 0, stdout="Apple M2 Pro\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: said)
+    kinds.append(numerics.device_kind("cpu"))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    kinds.append(numerics.device_kind("cpu"))
+    assert kinds == [
+        "cpu aarch64 DEFAULT 0x41 0xd0c",
+        "cpu aarch64 DEFAULT 0x41 0xd4f",
+        "cpu arm64 DEFAULT Apple M2 Pro, macOS 15.1",
+        "cpu x86_64 DEFAULT",
+    ]
 
 
 def test_on_a_gpu_the_record_holds_cuda_s_versions_and_what_chooses_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:

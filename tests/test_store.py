@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import pickle
@@ -181,6 +182,45 @@ def test_a_creator_who_is_overtaken_in_the_last_moment_does_not_overwrite(
     assert store.read("lease/2.json") == b"rival"
 
 
+@pytest.mark.parametrize("refusal", [None, errno.ENOTSUP, errno.ENOTTY])
+def test_on_macos_bytes_and_names_go_through_the_drive_s_cache_where_that_can_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int | None
+) -> None:
+    asked: list[int] = []
+    flushed: list[int] = []
+
+    def ask(handle: int, command: int) -> int:
+        asked.append(command)
+        if refusal is not None:
+            raise OSError(refusal, "no such call")
+        return 0
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", ask)
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    LocalStore(tmp_path).create_if_absent("a.json", b"data")
+    assert asked == [51, 51], "the file, then its folder"
+    assert len(flushed) == (0 if refusal is None else 2)
+
+
+def test_on_macos_a_drive_that_fails_to_flush_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time it may say that all is well: the system tells of lost bytes once."""
+
+    def fail(handle: int, command: int) -> int:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", fail)
+    with pytest.raises(StoreError):
+        LocalStore(tmp_path).create_if_absent("a.json", b"data")
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
 def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import worker_log
 from cluster.worker_log import LINE_CHARS, BoundedText, WorkerLog
 from pipeline.errors import StoreError
 from pipeline.journal import (
@@ -96,6 +99,17 @@ def test_the_log_of_an_attempt_holds_its_lines_warnings_and_traceback_and_no_oth
     assert "before" not in text
     assert "after" not in text
     assert "after" in log.tail()
+
+
+def test_macos_says_where_an_open_file_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tell(handle: int, command: int, room: bytes) -> bytes:
+        assert (handle, command) == (2, 50)
+        return "/private/tmp/lt-1/Bühne.err".encode().ljust(len(room), b"\0")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_GETPATH", 50, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", tell)
+    assert worker_log._path_of(2) == Path("/private/tmp/lt-1/Bühne.err")
 
 
 def test_what_children_write_to_stderr_is_kept_where_stderr_is_a_file(log: WorkerLog, tmp_path: Path) -> None:
