@@ -354,10 +354,10 @@ class Farm:
             submission.owner,
             submission.priority,
             state.submitted_at_s,
-            submission.done_by_s,
+            _on_own_clock(submission.done_by_s),
             submission.most_workers,
             submission.gang,
-            served_s=time.time(),
+            served_s=time.monotonic(),
         )
         serves = Serves(settings.store_url, settings.checkpoint_path, settings.checkpoint_digest)
         self._open[render_id] = one = _Open(FarmedRender(render_id, job, self), borrower, serves)
@@ -397,6 +397,7 @@ class Farm:
             borrower.loads, borrower.needs, borrower.numerics = render.loads, render.needs, render.numerics
             state = self._book.states[render.render_id]
             borrower.priority = state.submission.priority
+            borrower.done_by_s = _on_own_clock(state.submission.done_by_s)
             most_cost, spent = state.submission.most_cost, self._usage.of(render.render_id, borrower.owner).cost
             if most_cost is not None and spent >= most_cost and one.ending is None:
                 one.ending, one.why = "paused", f"{spent:.2f} are spent; --max-cost is {most_cost:.2f}"
@@ -424,13 +425,13 @@ class Farm:
     def _lend(self) -> None:
         lenders: list[Lender] = self._pool.lenders()
         borrowers = [one.borrower for one in self._open.values()]
-        for grant in lend(time.time(), lenders, borrowers, self._expected_load_s):
+        for grant in lend(time.monotonic(), lenders, borrowers, self._expected_load_s):
             hand, one = self._pool.hands[grant.worker_id], self._open[grant.render_id]
             load = one.borrower.loads[grant.role]
             self._count_idle(hand)
             hand.lender.render_id = grant.render_id
-            hand.lender.until_s = time.time() + self._expected_load_s(load)
-            one.borrower.served_s = time.time()
+            hand.lender.until_s = time.monotonic() + self._expected_load_s(load)
+            one.borrower.served_s = time.monotonic()
             hand.member.door.serves = one.serves
             one.render.lend(grant, replace(hand.member), hand.numerics, hand.lender.load == load)
 
@@ -458,7 +459,7 @@ class Farm:
                 # So that others wait for it rather than load the same.
                 grant = one.render.grant_of(worker_id)
                 hand.lender.load = one.borrower.loads[grant.role]
-                hand.lender.until_s = time.time() + self._expected_load_s(hand.lender.load)
+                hand.lender.until_s = time.monotonic() + self._expected_load_s(hand.lender.load)
 
     def loaded(self, worker_id: str, load: Load, seconds: float) -> None:
         self._load_s[load] = seconds
@@ -468,7 +469,7 @@ class Farm:
     def working(self, worker_id: str, kind: TaskKind, expected_s: float) -> None:
         if hand := self._pool.hands.get(worker_id):
             spent_s, planned_s = self._pace.get(kind, (1.0, 1.0))
-            hand.lender.until_s = time.time() + expected_s * spent_s / planned_s
+            hand.lender.until_s = time.monotonic() + expected_s * spent_s / planned_s
 
     def worked(
         self, render_id: str, size: int, kind: TaskKind, expected_s: float, seconds: float, record: CommitRecord | None
@@ -484,7 +485,7 @@ class Farm:
         if hand := self._pool.hands.get(worker_id):
             self._free(hand)
             if not used and (one := self._open.get(render_id)):
-                one.borrower.not_before_s = {**one.borrower.not_before_s, worker_id: time.time() + UNUSED_S}
+                one.borrower.not_before_s = {**one.borrower.not_before_s, worker_id: time.monotonic() + UNUSED_S}
 
     def lost(self, worker_id: str, reason: str) -> None:
         log.warning("worker %s is ended: %s", worker_id, reason)
@@ -688,11 +689,7 @@ class Farm:
         place = open_store(schedules_place(self._settings.store_url))
         schedules = FarmSchedules(place, FarmRunner(self._book, self.submit, self.change))
         while not self._stopping:
-            try:
-                await asyncio.to_thread(schedules.turn, time.time())
-            except Exception:
-                # A storyboard that nobody foresaw must not have the farm start again and again.
-                log.exception("schedules: tried again")
+            await asyncio.to_thread(schedules.turn, time.time())
             await asyncio.sleep(SCHEDULES_S)
 
     async def _io(self, call: Callable[[], T]) -> T:
@@ -708,6 +705,13 @@ class Farm:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the farm has to start again: %s", error, exc_info=error)
             os._exit(1)
+
+
+def _on_own_clock(unix_s: float | None) -> float | None:
+    """A moment as the monotonic clock has it now. Lending goes by that one: a clock that is set back by an hour would
+    keep workers from renders for as long.
+    """
+    return None if unix_s is None else unix_s - time.time() + time.monotonic()
 
 
 def give_new_budgets(store_url: str) -> None:

@@ -73,7 +73,7 @@ class FarmSchedules:
         self._logs: dict[str, ScheduleLog] = {}
 
     def turn(self, now_s: float) -> None:
-        """One turn of each; what cannot be done now is said in the log and tried again. Raises nothing of ours."""
+        """One turn of each; what cannot be done now is said in the log and tried again. Raises nothing."""
         try:
             names = schedule_ids(self._store)
         except LongtakeError as error:
@@ -84,6 +84,9 @@ class FarmSchedules:
                 advance(self._logs.setdefault(name, ScheduleLog(self._store, name)), now_s, self._runner)
             except LongtakeError as error:
                 log.warning("schedule %s: %s", name, error)
+            except Exception:
+                # A storyboard that nobody foresaw: neither the other schedules nor the farm end for it.
+                log.exception("schedule %s: tried again", name)
 
 
 def schedules_place(books: str) -> str:

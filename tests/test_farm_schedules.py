@@ -12,7 +12,7 @@ from cluster.cli import main
 from cluster.farm_schedules import OWNER, FarmRunner, FarmSchedules, schedules_place
 from pipeline.cron import Cron
 from pipeline.errors import SettingError, TransientError
-from pipeline.recurring import Added, Definition, Ended
+from pipeline.recurring import Added, Definition, Ended, Run
 from pipeline.schedule_log import ScheduleLog
 from pipeline.store import LocalStore
 from pipeline.submissions import Changed, Phase, Submission, SubmissionState, Submitted, apply_entry
@@ -125,6 +125,25 @@ def test_a_film_the_farm_cannot_render_ends_its_run_with_the_reason(
     [ended] = [entry for entry in other.entries if isinstance(entry, Ended)]
     assert ended.exit_code == SettingError.exit_code and "nowhere.png" in ended.message
     assert books.calls == ["news-19700101t010000z-1"], "the others go on"
+
+
+def test_a_schedule_that_breaks_in_a_way_nobody_foresaw_holds_up_no_other(
+    schedules: FarmSchedules, books: Books, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition = log_of(tmp_path).state.definition
+    assert definition is not None
+    store = LocalStore(tmp_path / "books" / "schedules")
+    ScheduleLog(store, "broken").append(Added(1.0, replace(definition, id="broken")))
+    real = FarmRunner.submit
+
+    def submit(runner: FarmRunner, run: Run) -> None:
+        if run.definition.id == "broken":
+            raise KeyError("nobody foresaw this")
+        real(runner, run)
+
+    monkeypatch.setattr(FarmRunner, "submit", submit)
+    schedules.turn(HOUR_S)
+    assert books.calls == ["news-19700101t010000z-1"], "it comes after the broken one"
 
 
 def test_a_run_by_hand_is_left_to_the_farm(

@@ -11,6 +11,7 @@ import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,14 +19,16 @@ import pytest
 from cluster.cli import main
 from cluster.cli_farm import is_farmed
 from cluster.download import download_film
-from cluster.farm import KEPT_RENDERS, Farm, _Events, forget_ended
+from cluster.farm import KEPT_RENDERS, UNUSED_S, Farm, FarmSettings, _Events, forget_ended
 from cluster.farm_commands import Cluster, Wishes, parse_hook, submission_of
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
+from cluster.farm_pool import Hand
 from cluster.metrics import METRICS
+from cluster.orchestrator import Member
 from cluster.render import Prepared
 from pipeline.errors import CorruptArtifact, SettingError, StoreError
-from pipeline.farm import Lender
+from pipeline.farm import Borrower, Lender, Load, Needs
 from pipeline.ledger import LedgerState
 from pipeline.store import LocalStore
 from pipeline.submissions import (
@@ -122,6 +125,27 @@ def test_an_entry_that_is_not_whole_is_not_believed(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"priority":50', b'"priority":99'))
     with pytest.raises(CorruptArtifact):
         loaded(tmp_path)
+
+
+def test_a_clock_that_is_set_back_keeps_no_worker_from_a_render(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(unix_s=1e9, own_s=50.0)
+    clock = SimpleNamespace(time=lambda: now.unix_s, monotonic=lambda: now.own_s)
+    monkeypatch.setattr("cluster.farm.time", clock)
+    lender, lent = Lender("w", "n", load=Load("c", "refine")), list[str]()
+    farm, hand = Farm.__new__(Farm), Hand(lender, Member("w", SimpleNamespace(serves=None)))  # type: ignore[arg-type]
+    farm._settings = FarmSettings("books")
+    needs = Needs({"window": 1}, path_s=1.0, work_s=1.0)
+    borrower = Borrower("a", loads={"refine": Load("c", "refine")}, needs=needs)
+    render = SimpleNamespace(lend=lambda grant, *more: lent.append(grant.worker_id))
+    farm._open = {"a": SimpleNamespace(borrower=borrower, serves=None, render=render)}  # type: ignore[dict-item]
+    farm._pool = SimpleNamespace(hands={"w": hand}, lenders=lambda: [lender], end_if_leaving=lambda hand: None)  # type: ignore[assignment]
+    farm._wake, farm._load_s, farm._usage = asyncio.Event(), {Load("c", "refine"): 1.0}, UsageBook()
+    farm.returned("w", "a", used=False)
+    farm._lend()
+    assert not lent, "not at once"
+    now.unix_s, now.own_s = now.unix_s - 3600.0, now.own_s + UNUSED_S
+    farm._lend()
+    assert lent == ["w"]
 
 
 @pytest.mark.parametrize("render_id", ["../../evil", "", "A", "a/b", "-a", "a" * 64])
