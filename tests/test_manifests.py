@@ -24,11 +24,16 @@ from cluster.session import wait_for_gpus
 from pipeline.crew import SAVE_S
 from pipeline.cron import parse_cron
 from pipeline.errors import SettingError
+from pipeline.memory import LEAST, NUMBER_BYTES, NetworkSizes, page_locked_bytes, transformer_bytes
 from pipeline.recurring import Added, Definition
 from pipeline.schedule_log import ScheduleLog
 from pipeline.store import LocalStore
 from tests.kubernetes_shapes import RayCluster, RayJob, check_object
 
+PROCESS_GIB = 2.0
+"""Of a worker's process beside weights and cache: torch, CUDA's host side, frames on their way into ffmpeg."""
+RAY_KILLS_ABOVE = 0.95
+"""Share of a node's memory above which Ray kills workers."""
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ["--store", "s3://films/one"]
 
@@ -391,11 +396,30 @@ def test_ray_knows_the_flags_it_is_started_with(show: Any, command: str) -> None
     start.make_context("start", words)
 
 
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("gpu_type", ["l4", "a10g"])
+def test_nodes_with_small_cards_hold_what_a_chained_window_keeps_in_host_memory(
+    show: Any, film: str, gpu_type: str, gpus: int
+) -> None:
+    sizes, kept = NetworkSizes(), 8 * 44 * 80
+    one = transformer_bytes(sizes, LEAST) + sizes.vae_weights * NUMBER_BYTES + page_locked_bytes(sizes, kept)
+    needed_gib = gpus * (one / 2**30 + PROCESS_GIB) / RAY_KILLS_ABOVE
+    flags = ["--gpus", str(gpus), "--gpus-per-node", str(gpus), "--gpu-type", gpu_type]
+    [group] = show("kuberay", *flags)[0]["spec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["memory"].removesuffix("Gi")) >= needed_gib
+    resources = show("skypilot", film, *flags, *STORE)[0]["resources"]
+    assert int(resources["memory"].removesuffix("+")) >= needed_gib, "or the cheapest machine with the card is taken"
+    assert resources["cpus"] == f"{limits['cpu']}+"
+
+
 # SkyPilot
 
 
 class SkyResources(Strict):
     accelerators: dict[str, int]
+    cpus: str
+    memory: str
     use_spot: bool
     image_id: str
     disk_size: int

@@ -1,7 +1,8 @@
 """Which machines carry which GPUs: the names that clouds, Kubernetes and SkyPilot have for them. Pure data.
 
 Sizes are what a worker of this renderer needs beside its GPU: the weights of a role pass through host memory
-while they are loaded, and ffmpeg encodes where frames are decoded.
+while they are loaded, and ffmpeg encodes where frames are decoded. On cards of 24 GB a chained window keeps 39.6 GB in
+host memory (docs/settings.md), which 41 GiB and the node's share hold together with the worker's own process.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+NODE_MEMORY_GIB = 4
+"""Once for a node: Ray's own processes, and files on their way through the page cache."""
 GpuType = Literal["h200", "h100", "a100-80gb", "l40s", "l4", "a10g"]
 
 
@@ -24,6 +27,10 @@ class Hardware:
     gcp: Mapping[int, str]
     cpus_per_gpu: int
     memory_gib_per_gpu: int
+
+    def memory_gib(self, gpus: int) -> int:
+        """Of a node's host memory, for so many GPUs."""
+        return NODE_MEMORY_GIB + self.memory_gib_per_gpu * gpus
 
 
 HARDWARE: Mapping[GpuType, Hardware] = {
@@ -51,9 +58,9 @@ HARDWARE: Mapping[GpuType, Hardware] = {
         {1: "g6.4xlarge", 4: "g6.24xlarge", 8: "g6.48xlarge"},
         {1: "g2-standard-16", 2: "g2-standard-24", 4: "g2-standard-48", 8: "g2-standard-96"},
         8,
-        40,
+        41,
     ),
-    "a10g": Hardware("NVIDIA-A10G", "A10G", {1: "g5.4xlarge", 4: "g5.24xlarge", 8: "g5.48xlarge"}, {}, 8, 40),
+    "a10g": Hardware("NVIDIA-A10G", "A10G", {1: "g5.4xlarge", 4: "g5.24xlarge", 8: "g5.48xlarge"}, {}, 8, 41),
 }
 HEAD_MACHINES = {"aws": "m7i.2xlarge", "gcp": "n2-standard-8"}
 """The head has no GPU and no Ray CPUs: it runs Ray's own services and the orchestrator."""

@@ -236,8 +236,7 @@ def _tolerations(description: Description, *, spot: bool) -> list[dict[str, str]
 
 def _gpu_resources(description: Description, gpus: int) -> dict[str, Any]:
     hardware = description.hardware
-    cpus, memory_gib = hardware.cpus_per_gpu * gpus, hardware.memory_gib_per_gpu * gpus
-    return _resources(cpus=cpus, memory_gib=memory_gib, gpus=gpus)
+    return _resources(cpus=hardware.cpus_per_gpu * gpus, memory_gib=hardware.memory_gib(gpus), gpus=gpus)
 
 
 def _resources(*, cpus: int, memory_gib: int, gpus: int = 0) -> dict[str, Any]:

@@ -40,6 +40,9 @@ def sky_task(description: Description, film: Path) -> dict[str, Any]:
         "num_nodes": nodes,
         "resources": {
             "accelerators": {description.hardware.skypilot: groups.gpus_per_node},
+            # At least. The cheapest machine with one L4 has 4 CPUs and 16 GiB, which the weights do not fit.
+            "cpus": f"{description.hardware.cpus_per_gpu * groups.gpus_per_node}+",
+            "memory": f"{description.hardware.memory_gib(groups.gpus_per_node)}+",
             "use_spot": is_spot,
             "image_id": f"docker:{description.image}",
             "disk_size": 500,
