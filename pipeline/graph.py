@@ -48,6 +48,10 @@ class TaskGraph:
         self.ready_of: Counter[TaskKind] = Counter()
         self.work_s = sum(self.tasks[i].work for i in self.wanted - self.dead)
         self._segments_left = Counter(self.chain_of[i] for i in self.wanted - self.dead if i in self.chain_of)
+        self._left_of_chain: dict[str, list[str]] = {}
+        for task_id in reversed(self.chain_of):
+            if task_id in self.wanted and task_id not in self.dead:
+                self._left_of_chain.setdefault(self.chain_of[task_id], []).append(task_id)
         self._longest = list(self._by_rank)
         for task_id in sorted(self.wanted, key=self.order.__getitem__):
             self._offer(task_id)
@@ -109,7 +113,9 @@ class TaskGraph:
 
     def take(self, kind: TaskKind, eligible: Callable[[str], bool]) -> str | None:
         """The first ready and eligible task of a kind, by priority, then in the plan's order; it is taken."""
-        heap, passed = self._heaps.get(kind, []), list[tuple[int, int, str]]()
+        if not self.ready_of[kind]:
+            return None
+        heap, passed = self._heaps[kind], list[tuple[int, int, str]]()
         found = None
         while heap and found is None:
             entry = heapq.heappop(heap)
@@ -177,13 +183,23 @@ class TaskGraph:
         """Tasks that are wanted and may still be done."""
         return sum(self.left.values())
 
-    def live_chains(self) -> int:
-        """Chains whose next segment waits for nothing but texts, sources and its own chain."""
-        heads: dict[str, str] = {}
-        for task_id, chain in self.chain_of.items():
-            if task_id in self.wanted and task_id not in self.dead:
-                heads.setdefault(chain, task_id)
-        return sum(not self._waits_for_segment(task_id) for task_id in heads.values())
+    def live_chains(self, enough: int) -> int:
+        """Chains whose next segment waits for nothing but texts, sources and its own chain; counted up to `enough`.
+
+        A day of film has thousands of segments, and this is asked whenever a worker is free: segments that are over
+        are dropped from the ends of `_left_of_chain` until all is worked out again.
+        """
+        live = 0
+        for chain, left in list(self._left_of_chain.items()):
+            if live >= enough:
+                break
+            while left and (left[-1] not in self.wanted or left[-1] in self.dead):
+                left.pop()
+            if not left:
+                del self._left_of_chain[chain]
+            elif not self._waits_for_segment(left[-1]):
+                live += 1
+        return live
 
     def _waits_for_segment(self, task_id: str) -> bool:
         queue, seen = [i for i in self.tasks[task_id].inputs if i not in self.done], set[str]()

@@ -572,6 +572,8 @@ class Machine:
     def _schedule(self) -> None:
         if self._replanning or self._ending is not None or (self._outage and self._clock_s < self._outage.until_s):
             return
+        if not any(worker.free for worker in self._crew.workers.values()):
+            return
         usable = self._crew.usable()
         self._demand = None
         # Counted once: on a large cluster most workers are free at the end, and each looks at all the others.
@@ -604,7 +606,8 @@ class Machine:
         if self._demand is None:
             left = self._graph.left
             media = left["source"] + left["encode"] + left["film"]
-            self._demand = Demand(min(1, left["text"]), self._graph.live_chains(), left["window"], media)
+            chains = self._graph.live_chains(len(self._crew.workers))
+            self._demand = Demand(min(1, left["text"]), chains, left["window"], media)
         return self._demand
 
     def _assign(self, worker: Worker, role: Role) -> None:

@@ -368,6 +368,7 @@ def _shot_summaries(
     summaries = []
     segments_by_label = {task.label: task for task in studio.tasks.tasks.values() if task.kind == "segment"}
     for take in takes:
+        counts = Counter(segment.shot for segment in take.segments)
         for place in take.shots:
             shot = studio.spec.shots[place.position]
             start = next((name for name, value in shot.starts().items() if value is not None), "text")
@@ -375,10 +376,10 @@ def _shot_summaries(
             goes_on_from = ""
             if shot.continues and opening is not None:
                 goes_on_from = "latents" if opening.params["condition_latents"] else "frames"
-            segments = sum(segment.shot == place.position for segment in take.segments)
             begin, end = cut.span(take, place)
             first = joined.starts.get(place.position)
             fade = fades[place.position]
+            segments = counts[place.position]
             summaries.append(ShotSummary(place.id, start, goes_on_from, end - begin, first, fade, segments))
     return summaries
 

@@ -10,7 +10,8 @@ neighbours, for the first window. So the chain never waits for refinement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import PurePosixPath
@@ -301,9 +302,18 @@ def pieces_of(inputs: Inputs, line: Sequence[Stretch], begin: int, end: int) -> 
             max(begin, part.begin) - part.offset,
             min(end, part.end) - part.offset,
         )
-        for part in line
-        if part.begin < end and begin < part.end
+        for part in _overlapping(line, begin, end)
     ]
+
+
+def _overlapping(line: Sequence[Stretch], begin: int, end: int) -> Iterator[Stretch]:
+    """The stretches of a take's line that hold any of frames [begin, end). Looked up, not searched for: a day of film
+    has so many segments that each of them cannot look at all others.
+    """
+    for place in range(bisect_right(line, begin, key=lambda part: part.end), len(line)):
+        if line[place].begin >= end:
+            return
+        yield line[place]
 
 
 def latents_of_line(
@@ -314,11 +324,9 @@ def latents_of_line(
     Empty where not all of them are whole latents: a source has none, and a shot may end within one.
     """
     found: list[LatentsParams] = []
-    for part in line:
+    for part in _overlapping(line, begin, end):
         # Latent k of a segment holds its frames temporal * (k - 1) + 1 .. temporal * k.
         before, last = max(begin, part.begin) - part.offset - 1, min(end, part.end) - part.offset - 1
-        if before >= last:
-            continue
         if part.is_source or before % temporal or last % temporal:
             return []
         found.append(
@@ -380,7 +388,7 @@ def _add_shot_frame(
         task_id = window.task_id
         decoded = native - window.begin + studio.grid.temporal * window.shape.front_latents
     else:
-        part = next(part for part in origin.line if part.begin <= frame < part.end)
+        part = next(_overlapping(origin.line, frame, frame + 1))
         task_id, decoded = part.task_id, frame - part.offset
     params: SourceParams = {
         "kind": "shot",

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from pipeline.arithmetic import conformed_frame
 from pipeline.params import (
@@ -41,7 +42,7 @@ class Cut:
     are.
     """
 
-    @property
+    @cached_property
     def conform(self) -> Fraction:
         return self.native / self.fps
 
@@ -124,6 +125,13 @@ def _native_frame(cut: Cut, take: Take, output: int) -> int:
     return first + conformed_frame(output, cut.conform)
 
 
+def _native_frames(cut: Cut, take: Take, part: Slice) -> Sequence[int]:
+    first = _native_frame(cut, take, part.begin)
+    if cut.conform == 1:
+        return range(first, first + part.end - part.begin)
+    return [_native_frame(cut, take, output) for output in range(part.begin, part.end)]
+
+
 def _unit_stops(studio: Studio, cut: Cut, tasks: TakeTasks) -> list[int]:
     """For each unit but the last, the native frame at which the next one takes over."""
     if not cut.refined:
@@ -157,7 +165,7 @@ def _first_output_at(cut: Cut, take: Take, native: int, after: int) -> int:
 
 
 def _layer(studio: Studio, cut: Cut, tasks: TakeTasks, part: Slice, inputs: Inputs) -> LayerParams:
-    frames = [_native_frame(cut, tasks.take, output) for output in range(part.begin, part.end)]
+    frames = _native_frames(cut, tasks.take, part)
     if not cut.refined:
         place = tasks.take.segments[part.unit]
         shown = [frame - place.start for frame in frames]

@@ -207,8 +207,9 @@ def _lay_out_take(
             )
             continue
         is_last = place is places[-1]
-        segments += _place_segments(shot, place, grid, rates, is_last=is_last, has_video=bool(lead_in))
-        problems += _prompt_problems(shot, place, segments, rates)
+        own = _place_segments(shot, place, grid, rates, is_last=is_last, has_video=bool(lead_in))
+        problems += _prompt_problems(shot, place, own, rates)
+        segments += own
     if problems:
         return None, problems
     available = segments[-1].end
@@ -242,6 +243,7 @@ def _place_segments(
         return []
     continues = bool(shot.continues) or has_video
     segments = []
+    times = [item.at.seconds_at(rates.output) for item in shot.prompt]
     new, conditions = begin, grid.condition_frames
     if not continues:
         conditions = 1 if shot.image or shot.frame_of else 0
@@ -251,7 +253,7 @@ def _place_segments(
         fresh = index == 0 and not continues
         start = new if fresh else new - grid.condition_frames
         stop = start + grid.segment_frames
-        prompt = _prompt_in_force(shot, 0 if index == 0 else _seconds_into(new, place, rates), rates)
+        prompt = _prompt_in_force(times, 0 if index == 0 else _seconds_into(new, place, rates))
         shown = stop if is_last else min(stop, end)
         segments.append(SegmentPlace(place.position, index, start, new, shown, conditions, prompt))
         new = stop
@@ -263,18 +265,16 @@ def _seconds_into(stage_one_frame: int, place: ShotPlace, rates: Rates) -> Fract
     return (stage_one_frame * rates.native_ratio - place.native[0]) / rates.native
 
 
-def _prompt_in_force(shot: Shot, seconds: Fraction | int, rates: Rates) -> int:
-    times = [item.at.seconds_at(rates.output) for item in shot.prompt]
+def _prompt_in_force(times: Sequence[Fraction], seconds: Fraction | int) -> int:
     return max((index for index, at in enumerate(times) if at <= seconds), default=0)
 
 
 def _prompt_problems(
-    shot: Shot, place: ShotPlace, segments: Sequence[SegmentPlace], rates: Rates
+    shot: Shot, place: ShotPlace, own: Sequence[SegmentPlace], rates: Rates
 ) -> list[SpecError]:
     times = [item.at.seconds_at(rates.output) for item in shot.prompt]
     fields = [f"shots[{place.position}].prompt[{index}]" for index in range(len(times))]
     length = Fraction(place.output[1] - place.output[0]) / rates.output
-    own = [segment for segment in segments if segment.shot == place.position]
     used = {segment.prompt for segment in own}
     is_ordered = all(earlier < later for earlier, later in pairwise(times))
     problems = []

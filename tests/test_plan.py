@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import SettingError
 from pipeline.facts import CheckpointFacts, Facts, MediaFacts, RenderFacts, load_render_facts
+from pipeline.graph import TaskGraph
 from pipeline.pace import measured
 from pipeline.plan import (
     Plan,
@@ -27,6 +28,7 @@ from pipeline.plan import (
     plan_film,
     window_times,
 )
+from pipeline.plan_tasks import Inputs, Stretch, latents_of_line, pieces_of
 from pipeline.spec import Storyboard, StoryboardError, load_spec, parse_spec
 from pipeline.tasks import NAME_PATTERN, Task, canonical_json
 
@@ -922,3 +924,55 @@ def test_the_plan_says_every_task_its_inputs_and_seconds() -> None:
     told = json.loads(json.dumps(planned.to_json()))
     assert [item["id"] for item in told["tasks"]] == list(planned.tasks)
     assert told["film"]["frames"] == planned.film_frames
+
+
+class _CountedLine(Sequence[Stretch]):
+    """A take's line that counts how often one of its stretches is looked at."""
+
+    def __init__(self, stretches: list[Stretch]) -> None:
+        self.stretches, self.looks = stretches, 0
+
+    def __len__(self) -> int:
+        return len(self.stretches)
+
+    def __getitem__(self, place: Any) -> Any:
+        self.looks += 1
+        return self.stretches[place]
+
+
+def test_frames_are_looked_up_in_a_day_of_film_not_searched_for_through_all_of_it():
+    line = _CountedLine([Stretch(80 * n, 80 * n + 80, f"segment-{n}", 80 * n - 13) for n in range(16_000)])
+    inputs = Inputs()
+    pieces = pieces_of(inputs, line, 80 * 9_000 - 13, 80 * 9_000 + 5)
+    latents = latents_of_line(inputs, line, 80 * 9_000 - 12, 80 * 9_000, 4)
+    assert inputs.ids == ["segment-8999", "segment-9000"]
+    assert [(piece["start"], piece["stop"]) for piece in pieces] == [(80, 93), (13, 18)]
+    assert [(part["input"], part["start"], part["stop"]) for part in latents] == [(0, 21, 24)]
+    assert line.looks < 60
+
+
+class _CountedSet(set[str]):
+    """A set that counts how often somebody asks whether something is in it."""
+
+    looks = 0
+
+    def __contains__(self, item: object) -> bool:
+        self.looks += 1
+        return super().__contains__(item)
+
+
+def test_asking_for_chains_that_can_move_does_not_walk_through_the_segments_that_are_done():
+    tasks: dict[str, Task] = {}
+    for n in range(1000):
+        tasks[f"s{n}"] = Task(f"s{n}", "segment", "chain", {}, (f"s{n - 1}",) if n else ())
+    graph = TaskGraph(tasks, ())
+    for n in range(900):
+        graph.finish(f"s{n}")
+    assert graph.live_chains(2) == 1
+    graph.wanted = _CountedSet(graph.wanted)
+    for n in range(900, 910):
+        graph.finish(f"s{n}")
+        assert graph.live_chains(2) == 1
+    assert graph.wanted.looks < 100
+    graph.undo({"s5"})
+    assert graph.live_chains(2) == 1
