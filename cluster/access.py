@@ -12,6 +12,7 @@ import ipaddress
 import os
 import re
 import secrets
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -40,6 +41,18 @@ def check_address(address: str, *, insecure: bool = False) -> None:
         message = "the cluster answers without a token: whoever reaches it can run code there"
         remedy = "Start it with RAY_AUTH_MODE=token on every node; or say --insecure."
         raise SettingError(message, field="--address", value=address, remedy=remedy)
+
+
+def check_listens(address: str) -> None:
+    """Raise SettingError where nobody listens at `host:port` or `ray://host:port`: Ray would try for minutes."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
+    if match is None:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        remedy = "Check that the cluster runs and can be reached from here."
+        raise SettingError(f"does not answer: {error}", field="--address", value=address, remedy=remedy) from error
 
 
 def is_loopback(address: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,9 +46,12 @@ def print_inspection(place: str, store: str | None, out: Path | None, *, as_json
 def _check_folder(folder: Path) -> None:
     """Whether files can be put there, before minutes are spent on measuring. Raises SettingError."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    try:
+        # Permissions do not tell it of every place: /proc grants them, and keeps no files.
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
         remedy = "Name a folder that can be written to."
-        raise SettingError("cannot be written", field="--out", value=str(folder), remedy=remedy)
+        raise SettingError("cannot be written", field="--out", value=str(folder), remedy=remedy) from error
 
 
 def inspect_render(store: Store, state: LedgerState, ffmpeg: Ffmpeg) -> tuple[Inspection, CommitRecord]:

@@ -360,9 +360,9 @@ def _conclude(
 def deliver(film: CommitRecord, store: Store, target: Path) -> str:
     """Copy the verified film to `target`, all or nothing; returns where it is."""
     artifact = film.files[0]
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder("lt-film-") as scratch:
             shutil.copyfile(store.open_local(artifact, scratch), partial)
         with partial.open("rb+") as file:
@@ -374,5 +374,6 @@ def deliver(film: CommitRecord, store: Store, target: Path) -> str:
             f"cannot be written: {error.strerror}", field="output.path", value=str(target), remedy=remedy
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     return str(target)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.access import check_address, has_token, write_token
+from cluster.access import check_address, check_listens, has_token, write_token
 from cluster.scratch import make_folder
 from pipeline.errors import SettingError, first_line
 
@@ -75,6 +75,7 @@ def local_session(cpus: int) -> Iterator[Session]:
 @contextlib.contextmanager
 def _joined_session(address: str, gpus: int, insecure: bool) -> Iterator[Session]:
     check_address(address, insecure=insecure)
+    check_listens(address)
     try:
         yield from _connected(None, gpus=gpus, address=address)
     except (ConnectionError, RuntimeError, ValueError) as error:

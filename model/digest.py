@@ -6,19 +6,23 @@ files that decide what the models compute: everything below the folders of PARTS
 not matter.
 
 Hashing 83 GB takes minutes, so each file's sha256 is remembered in $XDG_CACHE_HOME/longtake/digests (~/.cache
-by default), valid while the file's size, modification and change times stay what they were. Nothing is ever
+by default), valid while the file's size, modification and change times stay what they were; of several processes that
+want it at one time one reads the file. Nothing is ever
 written into the checkpoint folder.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 
@@ -32,6 +36,8 @@ CHUNK_BYTES = 4 << 20
 # File times tick every few milliseconds on many systems: a file this young could change again without its
 # times showing it.
 SETTLED_S = 2.0
+# How long a process waits for another that reads the same file: this, and what that takes at the pace of a slow disk.
+WAIT_S, SLOW_BYTES_PER_S = 30.0, 50e6
 
 # progress(what, done_bytes, total_bytes), called often and from one thread at a time
 Progress = Callable[[str, int, int], None]
@@ -109,16 +115,52 @@ def file_hashes(
 def file_sha256(path: Path, *, meter: Meter | None = None, remembered: bool = True) -> str:
     """sha256 (hex) of one file, from memory if it is unchanged since it was last read. Raises OSError."""
     stamp = _stamp(path)
-    entry = _memory_folder() / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:40] + ".json")
-    known = _recall(entry, stamp) if remembered else None
-    if known:
-        if meter:
-            meter.add(path.name, path.stat().st_size)
-        return known
+    entry = _entry(path)
+    if not remembered:
+        return _read_and_remember(path, meter, entry, stamp)
+    # The workers of a machine start at one time: one reads, the others wait for what it finds.
+    with nullcontext() if _recall(entry, stamp) else _turn(entry, stamp[0]):
+        known = _recall(entry, stamp)
+        if known is None:
+            return _read_and_remember(path, meter, entry, stamp)
+    if meter:
+        meter.add(path.name, stamp[0])
+    return known
+
+
+def _read_and_remember(path: Path, meter: Meter | None, entry: Path, stamp: list[int]) -> str:
     value = _read_sha256(path, meter)
     if _stamp(path) == stamp and time.time_ns() - max(stamp[1:3]) > SETTLED_S * 1e9:
         _remember(entry, stamp, value)
     return value
+
+
+@contextmanager
+def _turn(entry: Path, size_bytes: int) -> Iterator[None]:
+    """Have one process at a time here for a file. Whoever has waited longer than reading takes goes on beside it."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        # Each machine for itself: under a home that many share, their checkpoints need not be one.
+        name = entry.with_suffix(f".{socket.gethostname()}.lock")
+        lock = os.open(name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield  # a read-only home: each reads for itself
+        return
+    give_up_s = time.monotonic() + WAIT_S + size_bytes / SLOW_BYTES_PER_S
+    try:
+        while not _is_ours(lock) and time.monotonic() < give_up_s:
+            time.sleep(0.2)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _is_ours(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
 
 
 def _read_sha256(path: Path, meter: Meter | None) -> str:
@@ -139,6 +181,10 @@ def _stamp(path: Path) -> list[int]:
 def _memory_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "longtake" / "digests"
+
+
+def _entry(path: Path) -> Path:
+    return _memory_folder() / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:40] + ".json")
 
 
 def _recall(entry: Path, stamp: list[int]) -> str | None:

@@ -80,7 +80,8 @@ def load_lora(file: str | Path) -> Lora:
         else:
             layers[path] = layer
     if problems or not layers:
-        raise CheckpointError(f"{file}: is not a LoRA file of the known format", problems)
+        message = "is not a LoRA file as LongCat-Video has them; those of diffusers, PEFT and kohya are not read"
+        raise CheckpointError(f"{file}: {message}", problems)
     return Lora(layers)
 
 

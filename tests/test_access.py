@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from cluster import access
-from cluster.access import answers_anyone, check_address, has_token, is_loopback, write_token
+from cluster.access import answers_anyone, check_address, check_listens, has_token, is_loopback, write_token
 from cluster.cli import main
-from cluster.session import _local_environment, local_session
+from cluster.session import _local_environment, local_session, open_session
 from pipeline.errors import SettingError
 
 
@@ -149,6 +150,17 @@ def test_a_dashboard_that_answers_without_a_token_is_refused(
 def test_a_dashboard_that_is_not_there_is_said_so() -> None:
     with pytest.raises(SettingError, match="does not answer"):
         answers_anyone("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_a_cluster_that_is_not_there_is_said_at_once(form: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = form.format(f"127.0.0.1:{server.getsockname()[1]}")
+        check_listens(address)
+    with pytest.raises(SettingError, match="does not answer"):
+        check_listens(address)
+    with pytest.raises(SettingError, match="does not answer"), open_session(address, cpus=1):
+        pytest.fail("it was joined")
 
 
 def test_the_flag_has_to_be_spelled_out(

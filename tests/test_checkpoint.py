@@ -8,6 +8,9 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -428,6 +431,33 @@ def count_reads(monkeypatch) -> list[Path]:
         model.digest, "_read_sha256", lambda path, meter: reads.append(path) or read(path, meter)
     )
     return reads
+
+
+def test_processes_that_want_a_digest_at_one_time_read_the_files_once(settled, monkeypatch):
+    reads, both = [], threading.Barrier(2)
+
+    def read(path, meter):
+        reads.append(path.name)
+        time.sleep(0.5)  # the others come meanwhile
+        return "0" * 64
+
+    monkeypatch.setattr(model.digest, "_read_sha256", read)
+
+    def ask():
+        both.wait()
+        return digest(settled)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.submit(ask), pool.submit(ask)
+    assert one.result() == other.result()
+    assert sorted(reads) == sorted(Path(name).name for name in checkpoint_files(settled))
+
+
+def test_a_reader_that_hangs_is_not_waited_for_for_ever(settled, monkeypatch):
+    monkeypatch.setattr(model.digest, "WAIT_S", 0.1)
+    file = settled / checkpoint_files(settled)[0]
+    with model.digest._turn(model.digest._entry(file), 0):
+        assert len(model.digest.file_sha256(file)) == 64
 
 
 def test_digest_depends_on_content_and_names_alone(folder, tmp_path):

@@ -113,7 +113,7 @@ def test_a_place_that_is_no_folder_is_named_before_measuring(
 ) -> None:
     monkeypatch.setattr("cluster.inspect.inspect_film", lambda *_: pytest.fail("it was measured"))
     (tmp_path / "page").touch()
-    for out in (tmp_path / "page", tmp_path / "page" / "folder"):
+    for out in (tmp_path / "page", tmp_path / "page" / "folder", Path("/proc/pages")):
         assert main(["inspect", str(film), "--out", str(out)]) == 2
         assert f"--out: cannot be written (got '{out}')" in capsys.readouterr().err
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,10 @@ from kernels.norm_rope import api as norm_rope
 from kernels.norm_rope import reference as norm_rope_reference
 from kernels.swiglu import api as swiglu
 from model import dit as model
+
+without_triton_skipped = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="there is no Triton for this system"
+)
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -199,6 +205,7 @@ def test_benchmark_says_that_it_needs_a_gpu(capsys, monkeypatch):
     assert capsys.readouterr().err == "kernels.bench needs a CUDA GPU and found none: nothing was measured\n"
 
 
+@without_triton_skipped
 def test_benchmark_says_that_a_gpu_is_too_old_or_triton_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -209,6 +216,7 @@ def test_benchmark_says_that_a_gpu_is_too_old_or_triton_missing(monkeypatch):
     assert bench.lacking() == "needs Triton, which is not installed"
 
 
+@without_triton_skipped
 def test_a_part_that_fails_costs_the_table_no_other_row_and_the_command_its_success(monkeypatch, capsys):
     def broken():
         yield bench.Row("first", "1 ms")
@@ -216,9 +224,10 @@ def test_a_part_that_fails_costs_the_table_no_other_row_and_the_command_its_succ
 
     monkeypatch.setattr(bench, "PARTS", {"broken": broken, "whole": lambda: iter([bench.Row("last", "2 ms")])})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(bench, "dense_attention", lambda device, dtype: "cudnn")
     assert bench.print_table("a command", bench.rows()) == 1
     head, *table = capsys.readouterr().out.splitlines()
-    assert head.startswith("a card, torch ") and head.endswith("`a command`")
+    assert head.startswith("a card, torch ") and "dense attention: cudnn, " in head and head.endswith("`a command`")
     assert table[2:] == [
         "| first | 1 ms |  |  |",
         "| broken | failed: RuntimeError: does not compile |  | missed |",
