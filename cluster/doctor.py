@@ -78,7 +78,10 @@ def _devices() -> str:
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if not names and GPU_DEVICE.exists():
         raise LongtakeError(f"there is a GPU that torch {torch.__version__} cannot use: {_why_no_gpu()}")
-    attention = f"; dense attention: {dense_attention('cuda', torch.bfloat16)}" if names else ""
+    try:
+        attention = f"; dense attention: {dense_attention('cuda', torch.bfloat16)}" if names else ""
+    except RuntimeError as error:
+        raise LongtakeError(f"torch {torch.__version__} cannot compute on {names[0]}: {first_line(error)}") from error
     return f"{usable_cores()} CPU cores; GPUs: {', '.join(names) or 'none'}{attention}"
 
 

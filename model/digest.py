@@ -6,9 +6,8 @@ files that decide what the models compute: everything below the folders of PARTS
 not matter.
 
 Hashing 83 GB takes minutes, so each file's sha256 is remembered in $XDG_CACHE_HOME/longtake/digests (~/.cache
-by default), valid while the file's size, modification and change times stay what they were; of several processes that
-want it at one time one reads the file. Nothing is ever
-written into the checkpoint folder.
+by default), valid while the file's size, modification and change times stay what they were; of several processes
+that want it at one time one reads the file. Nothing is ever written into the checkpoint folder.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -118,11 +117,13 @@ def file_sha256(path: Path, *, meter: Meter | None = None, remembered: bool = Tr
     entry = _entry(path)
     if not remembered:
         return _read_and_remember(path, meter, entry, stamp)
-    # The workers of a machine start at one time: one reads, the others wait for what it finds.
-    with nullcontext() if _recall(entry, stamp) else _turn(entry, stamp[0]):
-        known = _recall(entry, stamp)
-        if known is None:
-            return _read_and_remember(path, meter, entry, stamp)
+    known = _recall(entry, stamp)
+    if known is None:
+        # The workers of a machine start at one time: one reads, the others wait for what it finds.
+        with _turn(entry, stamp[0]):
+            known = _recall(entry, stamp)
+            if known is None:
+                return _read_and_remember(path, meter, entry, stamp)
     if meter:
         meter.add(path.name, stamp[0])
     return known

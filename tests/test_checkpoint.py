@@ -363,6 +363,14 @@ def test_lora_on_int8_weights_is_refused_with_the_remedy(folder):
         load_dit(folder / "int8", **CPU, loras=[(folder / "x.safetensors", 1.0)])
 
 
+def test_lora_of_another_tool_is_refused_with_the_formats_that_are_not_read(tmp_path):
+    key = "transformer.blocks.0.attn.qkv.lora_A.weight"
+    save_file({key: torch.zeros(2, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="diffusers, PEFT and kohya are not read") as caught:
+        load_lora(tmp_path / "x.safetensors")
+    assert key in str(caught.value)
+
+
 def test_lora_that_is_a_pickle_is_refused(folder):
     write_dit(folder)
     torch.save({}, folder / "x.safetensors")

@@ -496,6 +496,14 @@ def test_doctor_says_which_dense_attention_a_gpu_gets(
     main(["doctor"])
     assert "GPUs: NVIDIA H100; dense attention: cudnn for cuda, torch.bfloat16" in capsys.readouterr().out
 
+    def full(device: str, dtype: object) -> str:
+        raise RuntimeError("CUDA error: out of memory\nmore about it")
+
+    monkeypatch.setattr("kernels.dispatch.dense_attention", full)
+    assert main(["doctor"]) == 1
+    found = capsys.readouterr().out
+    assert re.search(r"BAD +devices +torch \S+ cannot compute on NVIDIA H100: CUDA error: out of memory$", found, re.M)
+
 
 def test_doctor_names_a_gpu_that_torch_cannot_use(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,7 @@ from cluster.places import default_store
 from cluster.progress import JsonDisplay, PlainDisplay, Rates, event_text, format_seconds
 from cluster.publish import units_so_far
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
-from cluster.render import put_media, useful_workers
+from cluster.render import deliver, put_media, useful_workers
 from cluster.scratch import make_folder, scratch_folder
 from cluster.session import MAX_TEMP_BYTES, usable_cores
 from cluster.worker import Worker, worker_class
@@ -87,6 +88,14 @@ def test_a_plan_with_one_window_keeps_one_worker_busy() -> None:
     assert useful_workers(make_plan(recipe())) > 1
     short = make_plan(recipe(shots=("star",)))
     assert useful_workers(short) == max(short.count("window"), short.count("encode"))
+
+
+def test_a_film_whose_folder_became_a_file_is_named_and_said_to_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "films").touch()
+    film, store = SimpleNamespace(files=[None]), SimpleNamespace(url="renders/one")
+    with pytest.raises(SettingError, match=r"cannot be written: (Not a directory|File exists)") as caught:
+        deliver(film, store, tmp_path / "films" / "one.mp4")  # type: ignore[arg-type]
+    assert "kept in renders/one" in str(caught.value)
 
 
 def test_a_mac_s_gpu_is_none_though_ray_counts_it() -> None:
