@@ -35,7 +35,7 @@ from cluster.farm_schedules import TURN_S as SCHEDULES_S
 from cluster.farm_schedules import FarmRunner, FarmSchedules, schedules_place
 from cluster.farmed_render import FarmedRender
 from cluster.job import Outcome, RenderJob, Serves, WorkerSettings
-from cluster.metrics import ray_instrument
+from cluster.metrics import LOOK_S, ray_instrument
 from cluster.placement import GPU_HOST_THREADS, Placement
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.session import NAMESPACE
@@ -487,6 +487,7 @@ class Farm:
 
     def lost(self, worker_id: str, reason: str) -> None:
         log.warning("worker %s is ended: %s", worker_id, reason)
+        self._metrics.count_lost()
         self._pool.end(worker_id)
 
     def _use(self, render_id: str, *, busy_s: float = 0.0, loading_s: float = 0.0, lost_s: float = 0.0) -> None:
@@ -672,8 +673,9 @@ class Farm:
     async def _show(self) -> None:
         """Tell Prometheus how things stand."""
         while True:
-            self._metrics.show(self._books.states.values(), self._pool.lenders())
-            await asyncio.sleep(TURN_S)
+            progress = [summary for one in self._open.values() if (summary := one.render.summary())]
+            self._metrics.show(self._books.states.values(), self._pool.lenders(), progress)
+            await asyncio.sleep(LOOK_S)
 
     async def _keep_schedules(self) -> None:
         """Have what is due submitted. In a thread: planning a film takes a while."""

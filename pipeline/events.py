@@ -348,6 +348,11 @@ class PhaseProgress:
     seconds_spent: float = 0.0
     """Measured seconds of the tasks done (this run's and those found committed)."""
 
+    @property
+    def waiting(self) -> int:
+        """How many are neither done nor running, and may still be."""
+        return max(0, self.total - self.done - self.running - self.failed)
+
 
 @dataclass(frozen=True)
 class ProgressSummary:

@@ -29,6 +29,7 @@ from cluster.metrics import METRICS
 from cluster.orchestrator import Member
 from cluster.render import Prepared
 from pipeline.errors import CorruptArtifact, LeaseLost, SettingError
+from pipeline.events import PhaseProgress, ProgressSummary
 from pipeline.farm import Borrower, Lender, Load, Needs
 from pipeline.ledger import LedgerState
 from pipeline.store import LocalStore
@@ -344,11 +345,21 @@ def test_metrics_count_without_naming_renders() -> None:
     metrics.count_task("segment", 61.0, record)
     metrics.count_task("window", 5.0, None)
     state = SubmissionState(submission("secret-film"), 1.0)
-    metrics.show([state, replace(state, phase="running")], [Lender("w1", "n", render_id="a"), Lender("w2", "n")])
+    workers = [Lender("w1", "n", render_id="a"), Lender("w2", "n")]
+    progress = [ProgressSummary(1.0, {"window": PhaseProgress(total=9, done=2, running=1)})] * 2
+    metrics.show([state, replace(state, phase="running")], workers, progress)
+    metrics.show([], workers, [])
+    metrics.count_lost()
     assert ("longtake_frames_total", "inc", 93, {"stage": "segment"}) in calls
     assert ("longtake_retries_total", "inc", 1, {"stage": "window"}) in calls
     assert ("longtake_gpu_busy_fraction", "set", 0.5, {}) in calls
     assert ("longtake_renders", "set", 1, {"phase": "queued"}) in calls
+    of_windows = ("longtake_tasks_waiting", {"stage": "window"})
+    waiting = [value for name, _, value, tags in calls if (name, tags) == of_windows]
+    assert waiting == [12, 0], "those of renders that have ended are taken back"
+    assert ("longtake_tasks_running", "set", 2, {"stage": "window"}) in calls
+    metrics.count_cost(2.0)
+    assert {name for name, *_ in calls} == METRICS.keys() - {"longtake_worker_seconds_total"}
     for name, _, _, tags in calls:
         assert tuple(tags) == METRICS[name].labels
         assert "secret-film" not in tags.values()
