@@ -613,8 +613,9 @@ class Farm:
         return self._books.usage.copied()
 
     async def _stop(self) -> None:
-        await self._books.when_open()
         self._stopping = True
+        if not self._books.are_open:
+            return
         for one in list(self._open.values()):
             one.borrower.paused = True
             await one.render.stop(75)

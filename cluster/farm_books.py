@@ -49,6 +49,11 @@ class FarmBooks:
         """Every submission by render id; replaced, never changed."""
         return self._book.states
 
+    @property
+    def are_open(self) -> bool:
+        """Whether the lease is held and everything was read."""
+        return self._opened.is_set()
+
     async def open(self) -> None:
         """Take the lease and read everything; tried until it works."""
         await self._until_it_works(self._open)
@@ -68,7 +73,7 @@ class FarmBooks:
     async def when_open(self) -> None:
         """Raises why they cannot be opened: at once what somebody has to mend, else after a while."""
         since_s = time.monotonic()
-        while not self._opened.is_set():
+        while not self.are_open:
             if self._problem is not None and isinstance(self._problem, UserError):
                 raise self._problem
             if self._problem is not None and time.monotonic() - since_s > ANSWER_S:
@@ -111,9 +116,12 @@ class FarmBooks:
                 written = now
 
     async def close(self) -> None:
-        """The last words of a farm that is stopped. Raises what the store does."""
-        await asyncio.to_thread(self.usage.put, self._store)
-        await asyncio.to_thread(self._ledger.release_lease)
+        """The last words of a farm that is stopped; one whose store does not take them is stopped all the same."""
+        for last in (partial(self.usage.copied().put, self._store), self._ledger.release_lease):
+            try:
+                await asyncio.wait_for(self._fails(last), ANSWER_S)
+            except TimeoutError:
+                log.warning("the books at %s do not answer: the last seconds of usage may be missing", self._store.url)
 
     async def _until_it_works(self, call: Callable[[], object]) -> None:
         while (problem := await self._fails(call)) is not None:

@@ -173,6 +173,20 @@ def test_two_orders_at_the_same_time_are_one(store: Trouble) -> None:
     asyncio.run(both())
 
 
+def test_a_farm_is_stopped_whatever_its_books_do(store: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stops() -> None:
+        second = farm_on(FarmBooks(LocalStore(store.root), lambda: None))
+        farm = farm_on(await opened(store))
+        await second._stop()
+        for trouble in (lambda *about: time.sleep(0.5), lambda *about: store.head("../x")):
+            monkeypatch.setattr(store, "put_replace", trouble)
+            await farm._stop()
+        (lease,) = [file.path for file in store.list("lease") if file.path.endswith(".released")]
+        assert lease
+
+    asyncio.run(stops())
+
+
 # A farm's answers
 
 
@@ -181,7 +195,7 @@ def farm_on(books: FarmBooks) -> Farm:
     farm = Farm.__new__(Farm)
     farm._books, farm._settings, farm._open, farm._wake = books, FarmSettings("books"), {}, asyncio.Event()
     farm._stopping, farm._events, farm._tasks = False, {}, set()
-    farm._pool = SimpleNamespace(hands={}, lenders=list, problem="")  # type: ignore[assignment]
+    farm._pool = SimpleNamespace(hands={}, lenders=list, problem="", close=lambda: None)  # type: ignore[assignment]
     return farm
 
 
