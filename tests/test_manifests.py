@@ -20,10 +20,11 @@ from cluster.manifests import description as shared
 from cluster.manifests.kubernetes import cron_job
 from cluster.manifests.machines import watch_command
 from cluster.placement import place_workers
+from cluster.schedules import AGAIN
 from cluster.session import wait_for_gpus
 from pipeline.crew import SAVE_S
 from pipeline.cron import parse_cron
-from pipeline.errors import SettingError
+from pipeline.errors import Interrupted, LongtakeError, QualityError, SettingError, StoreFull
 from pipeline.memory import LEAST, NUMBER_BYTES, NetworkSizes, page_locked_bytes, transformer_bytes
 from pipeline.recurring import Added, Definition
 from pipeline.schedule_log import ScheduleLog
@@ -72,7 +73,7 @@ def test_a_ray_job_is_what_kuberay_takes_and_its_storyboard_is_beside_it(show: A
     config, job = show("rayjob", film, "--gpus", "16", "--gpus-per-node", "8", "--queue", "films", *STORE)
     checked = RayJob.model_validate(job)
     assert not checked.spec.rayClusterSpec.enableInTreeAutoscaling, "Kueue admits one size"
-    assert checked.spec.backoffLimit > 0
+    assert 0 < checked.spec.backoffLimit <= 3, "a user's error is tried as often, each time with new machines"
     assert checked.metadata.labels["kueue.x-k8s.io/queue-name"] == "films"
     check_object(config, "V1ConfigMap")
     pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
@@ -232,6 +233,32 @@ def test_a_cron_job_renders_its_schedule_in_its_own_pod(stable_gpus: int | None)
     assert pod["terminationGracePeriodSeconds"] > SAVE_S
     expected = "NotIn" if stable_gpus is None else "In"
     assert _spot_terms({"template": {"spec": pod}}) == [("cloud.google.com/gke-spot", expected)]
+
+
+def on_failure(job: dict[str, Any], code: int, *conditions: str) -> str:
+    """What Kubernetes does about a pod that ended like this: its first rule that holds, "Count" without any."""
+    spec = job["spec"]["jobTemplate"]["spec"]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never", "Kubernetes takes no policy with another one"
+    for rule in spec["podFailurePolicy"]["rules"]:
+        codes = rule.get("onExitCodes", {"operator": "In", "values": []})
+        assert codes["operator"] == "In" and codes["values"] == sorted(codes["values"]) and 0 not in codes["values"]
+        if code in codes["values"] or {row["type"] for row in rule.get("onPodConditions", [])} & {*conditions}:
+            return str(rule["action"])
+    return "Count"
+
+
+@pytest.mark.parametrize("error", [SettingError, QualityError, StoreFull])
+def test_a_pod_whose_error_another_would_meet_too_ends_its_job(error: type[LongtakeError]) -> None:
+    [job] = cron_job(shared.describe(gpus=1), scheduled(), "s3://films/schedules")
+    assert on_failure(job, error("no").exit_code) == "FailJob"
+
+
+def test_a_pod_that_was_stopped_or_evicted_is_followed_by_another() -> None:
+    [job] = cron_job(shared.describe(gpus=1), scheduled(), "s3://films/schedules")
+    assert on_failure(job, Interrupted().exit_code) == "Count"
+    assert on_failure(job, AGAIN) == "Count"
+    assert on_failure(job, 137) == "Count", "memory ran out"
+    assert on_failure(job, Interrupted().exit_code, "DisruptionTarget") == "Ignore"
 
 
 def test_a_schedule_that_replaces_its_run_replaces_its_pod() -> None:

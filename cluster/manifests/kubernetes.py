@@ -44,8 +44,16 @@ from pipeline.recurring import Definition
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 KUEUE_ELASTIC = "kueue.x-k8s.io/elastic-job"
-JOB_RETRIES = 20
-"""New clusters for one film. Each goes on from the store, so a retry costs its cold start and nothing else."""
+CLUSTER_RETRIES = 3
+"""New clusters for one film, after a head that was lost or any error at all: KubeRay does not look at exit codes. Each
+goes on from the store and costs its cold start. Workers that are lost and suspensions by Kueue are not counted.
+"""
+POD_RETRIES = 20
+"""New pods for one run of a schedule, after an error that may pass. Evictions are not counted."""
+FINAL_CODES = [1, 2, 4, 130]
+"""Exit codes of `longtake schedule tick` that another pod would not change: the run failed, usage or storyboard, the
+quality gate, `longtake cancel`. What is left: 75, and signals such as 137 where memory ran out.
+"""
 IDLE_S = 300
 END_S = 5
 """From the end of the draining to that of the pod."""
@@ -82,7 +90,7 @@ def ray_job(description: Description, film: Path) -> list[dict[str, Any]]:
         "metadata": _metadata(description),
         "spec": {
             "entrypoint": shlex.join(command),
-            "backoffLimit": JOB_RETRIES,
+            "backoffLimit": CLUSTER_RETRIES,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 60,
             "submissionMode": "K8sJobMode",
@@ -125,11 +133,20 @@ def cron_job(description: Description, schedule: Definition, schedules: str) -> 
         "concurrencyPolicy": "Replace" if schedule.overlap == "replace" else "Forbid",
         # One catch-up: of the ticks it missed Kubernetes makes up for the last, within this time.
         "startingDeadlineSeconds": 24 * 3600,
-        "jobTemplate": {"spec": {"backoffLimit": JOB_RETRIES, "template": {"spec": pod}}},
+        "jobTemplate": {
+            "spec": {"backoffLimit": POD_RETRIES, "podFailurePolicy": _failure_policy(), "template": {"spec": pod}}
+        },
     }
     name = re.sub(r"[._]", "-", f"{description.name}-{schedule.id}")[:52].rstrip("-")
     metadata = {"name": name, "labels": _own_labels(description)}
     return [{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": metadata, "spec": spec}]
+
+
+def _failure_policy() -> dict[str, Any]:
+    """What Kubernetes makes of a pod that failed: the first rule that holds; a pod that none holds for is counted."""
+    evicted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    final = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": FINAL_CODES}}
+    return {"rules": [evicted, final]}
 
 
 def _kubernetes_cron(expression: str) -> str:
