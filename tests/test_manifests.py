@@ -559,6 +559,18 @@ def test_no_manifest_holds_a_secret(
         assert "runtime_env" not in text and "runtimeEnv" not in text
 
 
+@pytest.mark.parametrize("address", ["s3://AKIA:hunter2@films/one", "az://films/one?sig=hunter2"])
+@pytest.mark.parametrize("format_", ["rayjob", "skypilot", "cronjob"])
+def test_an_address_with_a_key_in_it_is_written_nowhere(
+    film: str, capsys: pytest.CaptureFixture[str], format_: str, address: str
+) -> None:
+    words = ["news", "--schedules", address] if format_ == "cronjob" else [film, "--store", address]
+    assert main(["manifest", format_, *words, "--gpus", "8"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "hunter2" not in captured.err
+    assert "credentials into the environment" in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

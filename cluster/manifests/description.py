@@ -22,7 +22,7 @@ from cluster import json_log
 from cluster.manifests.hardware import HARDWARE, GpuType, Hardware
 from pipeline.crew import SAVE_S
 from pipeline.errors import SettingError
-from pipeline.store import OBJECT_SCHEMES
+from pipeline.store import OBJECT_SCHEMES, open_store
 
 MARKET_TYPE = "ray.io/market-type"
 STABLE, SPOT = "on-demand", "spot"
@@ -65,7 +65,8 @@ def _is_shared(place: str) -> bool:
 def _store(value: str) -> str:
     if not _is_shared(value):
         raise ValueError(_NO_DISK)
-    return value
+    # Refuses an address with a key in it: manifests are kept in repositories, and commands are shown by `ps`.
+    return open_store(value).url
 
 
 def check_shared(field: str, place: str) -> None:
