@@ -171,7 +171,11 @@ def test_a_machine_that_is_taken_away_is_drained_when_the_cloud_says_so(tmp_path
     assert len(asked) == 3, "until there is a notice"
     assert cloud == "gcp" or all("session-token" in call for call in asked)
     assert [call.split()[1] for call in calls if call.startswith("ray")] == ["drain-node"]
-    assert SAVE_S < drained_in_s(watch_command(cloud).rpartition("done; ")[2]) <= 25
+    told_s = drained_in_s(watch_command(cloud).rpartition("done; ")[2])
+    asked_every_s = int(watch_command(cloud).partition("sleep ")[2].partition(";")[0])
+    # The clouds' own words: the notice comes so long before the end. What is not used of it is lost work.
+    notice_s = {"aws": 120, "gcp": 30}[cloud]
+    assert told_s >= SAVE_S and notice_s - 10 <= told_s + asked_every_s < notice_s
 
 
 def test_workers_of_ray_up_watch_for_the_notice(show: Any) -> None:

@@ -36,7 +36,7 @@ USER_ID = 1000
 LOGGING = {json_log.VARIABLE: "json"}
 RAY_PORT, DASHBOARD_PORT, OBJECT_PORT = 6379, 8265, 8076
 DRAIN_S = {STABLE: 75, SPOT: 25}
-"""How long a worker that was told to go still runs. SAVE_S before the end its running task saves its state, after the
+"""How long a pod that was told to go still runs. SAVE_S before the end its running task saves its state, after the
 step of the denoising that it is in. Spot machines are gone sooner: 30 s after the notice on Google Cloud, which
 Kubernetes cuts to 25 s for pods."""
 assert min(DRAIN_S.values()) > SAVE_S
