@@ -508,6 +508,46 @@ def test_the_task_ends_as_its_render_does_on_every_node(
     assert rank == 0 or "--address=10.0.0.1:6379" in calls
 
 
+SMALL = {
+    "precision: weight_only, networks: in_turn, condition_cache: host": [],
+    "precision: stored": ["chain does not fit", "refine does not fit", "which fits"],
+}
+
+
+@pytest.mark.parametrize("memory", SMALL)
+@pytest.mark.parametrize("format_", ["rayjob", "skypilot", "cronjob"])
+def test_a_card_that_is_too_small_for_the_film_is_named(
+    film: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    format_: str, memory: str,
+) -> None:  # fmt: skip
+    shots = "shots:\n  - {id: a, duration: 6s, prompt: a circle, image: /weights/start.png}\n"
+    shots += "  - {id: b, duration: 6s, prompt: it grows, video: /weights/begin.mp4}\n"
+    written = f"checkpoint: /weights/longcat\n{shots}memory: {{{memory}}}\n"
+    Path(film).write_text(written)
+    arguments = [film, *STORE]
+    if format_ == "cronjob":
+        monkeypatch.setattr("cluster.manifests.command.open_store", lambda url: LocalStore(tmp_path))
+        added = Added(0.0, scheduled(id="news", storyboard=yaml.safe_load(written)))
+        ScheduleLog(LocalStore(tmp_path), "news").append(added)
+        arguments = ["news", "--schedules", "s3://films/schedules"]
+    assert main(["manifest", format_, *arguments, "--gpus", "8", "--gpu-type", "h200"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["manifest", format_, *arguments, "--gpus", "8", "--gpu-type", "l4"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert bool(lines) == bool(SMALL[memory])
+    assert all(word in "".join(lines) for word in SMALL[memory])
+    assert all("--gpu-type l4" in line and "/weights/longcat is not here" in line for line in lines)
+
+
+def test_a_film_that_no_checkpoint_like_the_official_one_can_make_is_doubted(
+    film: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = "[{at: 0s, prompt: a}, {at: 3.9s, prompt: b}]"
+    Path(film).write_text(f"checkpoint: /weights/longcat\nshots:\n  - {{duration: 4s, prompt: {prompts}}}\n")
+    assert main(["manifest", "rayjob", film, "--gpus", "8", *STORE]) == 0
+    assert "shots[0].prompt" in (said := capsys.readouterr().err) and "/weights/longcat is not here" in said
+
+
 # The image
 
 

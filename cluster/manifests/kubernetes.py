@@ -37,7 +37,6 @@ from cluster.manifests.description import (
     plan_groups,
     ray_version,
 )
-from cluster.manifests.film import read_portable
 from pipeline.errors import SettingError
 from pipeline.recurring import Definition
 
@@ -77,8 +76,8 @@ def ray_cluster(description: Description) -> list[dict[str, Any]]:
     ]
 
 
-def ray_job(description: Description, film: Path) -> list[dict[str, Any]]:
-    """One render, with the storyboard beside it. Raises SpecError, SettingError."""
+def ray_job(description: Description, storyboard: str) -> list[dict[str, Any]]:
+    """One render, with the storyboard's text beside it. Raises SettingError."""
     store = needed(description.store, "--store", "the film's state outlives the cluster there")
     command = [
         "longtake", "render", STORYBOARD_PATH, "--store", store,
@@ -97,7 +96,7 @@ def ray_job(description: Description, film: Path) -> list[dict[str, Any]]:
             "rayClusterSpec": _cluster_spec(description, scaled=False, storyboard=_config_name(description)),
         },
     }
-    return [_storyboard_map(description, film), job]
+    return [_storyboard_map(description, storyboard), job]
 
 
 def cron_job(description: Description, schedule: Definition, schedules: str) -> list[dict[str, Any]]:
@@ -315,10 +314,10 @@ def _config_name(description: Description) -> str:
     return f"{description.name}-storyboard"
 
 
-def _storyboard_map(description: Description, film: Path) -> dict[str, Any]:
+def _storyboard_map(description: Description, storyboard: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": _config_name(description), "labels": _own_labels(description)},
-        "data": {Path(STORYBOARD_PATH).name: read_portable(film)},
+        "data": {Path(STORYBOARD_PATH).name: storyboard},
     }

@@ -22,16 +22,14 @@ from cluster.manifests.description import (
     needed,
     plan_groups,
 )
-from cluster.manifests.film import read_portable
 
 RESUMABLE_CODES = [75, 130]
 """A render that was stopped and goes on when the same command is run again."""
 
 
 def sky_task(description: Description, film: Path) -> dict[str, Any]:
-    """The task's YAML. Raises SpecError, SettingError."""
+    """The task's YAML. Raises SettingError."""
     store = needed(description.store, "--store", "the film's state outlives the machines there")
-    read_portable(film)
     groups = plan_groups(description, ())
     nodes = groups.stable_nodes + groups.spot_nodes
     is_spot = groups.spot_nodes > 0
