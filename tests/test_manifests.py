@@ -25,6 +25,7 @@ from cluster.session import wait_for_gpus
 from pipeline.crew import SAVE_S
 from pipeline.cron import parse_cron
 from pipeline.errors import Interrupted, LongtakeError, QualityError, SettingError, StoreFull
+from pipeline.estimate import BITS_PER_PX
 from pipeline.memory import LEAST, NUMBER_BYTES, NetworkSizes, page_locked_bytes, transformer_bytes
 from pipeline.recurring import Added, Definition
 from pipeline.schedule_log import ScheduleLog
@@ -183,6 +184,29 @@ def test_workers_of_ray_up_watch_for_the_notice(show: Any) -> None:
     last = config["worker_start_ray_commands"][-1]
     assert watch_command("aws") in shlex.split(last)
     assert last.endswith("&"), "or starting the node would wait for its end"
+
+
+def disk_gib(pod: dict[str, Any]) -> int:
+    """What a pod asks for of its node's disk. A limit would be a reason to evict it."""
+    [container] = pod["containers"]
+    assert "ephemeral-storage" not in container["resources"]["limits"]
+    return int(container["resources"]["requests"]["ephemeral-storage"].removesuffix("Gi"))
+
+
+def test_pods_ask_for_the_disk_that_their_films_take(show: Any, film: str) -> None:
+    _, idle = _cluster(show, film, "kuberay")
+    assert all(disk_gib(group["template"]["spec"]) > 0 for group in idle.values())
+    usual, _ = _cluster(show, film, "rayjob")
+    shot = "{id: a, duration: 10m, prompt: a red circle}"
+    codec = "{codec: ffv1, path: films/one.mkv}"
+    Path(film).write_text(f"checkpoint: /weights/longcat\nshots: [{shot}]\noutput: {codec}\n")
+    large, groups = _cluster(show, film, "rayjob")
+    film_gib = 10 * 60 * 30 * 704 * 1280 * BITS_PER_PX["ffv1"] / 8 / 2**30
+    least, head = disk_gib(usual["headGroupSpec"]["template"]["spec"]), large["headGroupSpec"]["template"]["spec"]
+    assert disk_gib(head) > 2 * film_gib > least, "units and film"
+    assert all(disk_gib(group["template"]["spec"]) > 2 * film_gib for group in groups.values())
+    [job] = cron_job(shared.describe(gpus=1).model_copy(update={"film_gib": 20}), scheduled(), "s3://films/schedules")
+    assert disk_gib(job["spec"]["jobTemplate"]["spec"]["template"]["spec"]) > 80, "head and worker in one"
 
 
 def test_pods_can_read_the_token_they_are_given(show: Any, film: str) -> None:

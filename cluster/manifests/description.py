@@ -103,6 +103,10 @@ class Description(BaseModel):
     priority_class: Name | None = None
     spot_label: NodeLabel = "cloud.google.com/gke-spot=true"
     """Kubernetes: the label of nodes that can be taken away."""
+    film_gib: int = Field(default=5, ge=0)
+    """Kubernetes: the size of the largest film that is made there, for the disk that pods ask for. The default is three
+    hours of h264 at 720p, or five minutes of ProRes.
+    """
     region: str | None = Field(default=None, pattern=r"^[a-z0-9-]{3,40}$")
     project: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9-]{4,62}$")
 

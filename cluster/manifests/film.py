@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+import math
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.manifests.description import WEIGHTS_FOLDER, Description
@@ -15,46 +15,44 @@ from pipeline.plan import Plan
 from pipeline.spec import Storyboard, load_spec
 
 
-@dataclass(frozen=True)
-class Film:
-    """A film that is rendered elsewhere. What is not on this machine is assumed: of the checkpoint the official one's
-    numbers, of images, videos and sounds that they fit.
+def examine(spec: Storyboard, description: Description) -> tuple[Description, list[str]]:
+    """The description with the film's size, and what `longtake plan --card-gb` would say of its cards.
+
+    What is not on this machine is assumed: of the checkpoint the official one's numbers, of images, videos and sounds
+    that they fit. Raises SpecError for a film that the checkpoint here cannot make.
     """
-
-    spec: Storyboard
-
-    @cached_property
-    def checkpoint(self) -> CheckpointFacts:
-        """Without its digest, which nothing here needs. `path` is "" if it is not here."""
-        try:
-            folder = find_checkpoint(self.spec.checkpoint)
-        except CheckpointFault:
-            return CheckpointFacts("", UNKNOWN_DIGEST)
-        return CheckpointFacts(str(folder), UNKNOWN_DIGEST, load_render_facts(folder))
-
-    @cached_property
-    def plan(self) -> Plan:
-        """Raises SpecError."""
-        any_length = MediaFacts("", UNKNOWN_DIGEST, "video", 1280, 704, 30.0, 86_400.0, 86_400 * 30, has_audio=True)
-        media = {path: replace(any_length, path=path, kind=kind) for path, kind in self.spec.media_paths().items()}
-        loras = {lora.file: UNKNOWN_DIGEST for lora in self.spec.loras}
-        return make_plan(Recipe(self.spec, Facts(self.checkpoint, media, loras)))
-
-    def warnings(self, description: Description) -> list[str]:
-        """What `longtake plan --card-gb` would say of the description's cards. Raises SpecError."""
-        assumed = "" if self.checkpoint.path else f" (by the official checkpoint: {self.spec.checkpoint} is not here)"
-        try:
-            tasks = self.plan.tasks.values()
-        except UserError as error:
-            if not assumed:
-                raise
-            return [f"{error}{assumed}"]
-        _, lines = role_memory(tasks, self.checkpoint, self.spec.memory, description.hardware.card_gb)
-        return [f"--gpu-type {description.gpu_type}: {line}{assumed}" for line in lines]
+    checkpoint = _checkpoint(spec)
+    assumed = "" if checkpoint.path else f" (by the official checkpoint: {spec.checkpoint} is not here)"
+    try:
+        plan = _plan(spec, checkpoint)
+    except UserError as error:
+        if not assumed:
+            raise
+        return description, [f"{error}{assumed}"]
+    film_gib = math.ceil(plan.estimate.bytes_by_task[plan.film_task_id] / 2**30)
+    _, lines = role_memory(plan.tasks.values(), checkpoint, spec.memory, description.hardware.card_gb)
+    warnings = [f"--gpu-type {description.gpu_type}: {line}{assumed}" for line in lines]
+    return description.model_copy(update={"film_gib": film_gib}), warnings
 
 
-def read_film(path: Path) -> tuple[Film, str]:
-    """The film and its storyboard's text, if everything it names can be where its nodes look. Raises SpecError,
+def _checkpoint(spec: Storyboard) -> CheckpointFacts:
+    """Without its digest, which nothing here needs. `path` is "" if it is not here."""
+    try:
+        folder = find_checkpoint(spec.checkpoint)
+    except CheckpointFault:
+        return CheckpointFacts("", UNKNOWN_DIGEST)
+    return CheckpointFacts(str(folder), UNKNOWN_DIGEST, load_render_facts(folder))
+
+
+def _plan(spec: Storyboard, checkpoint: CheckpointFacts) -> Plan:
+    fits = MediaFacts("", UNKNOWN_DIGEST, "video", 1280, 704, 30.0, 86_400.0, 86_400 * 30, has_audio=True)
+    media = {path: replace(fits, path=path, kind=kind) for path, kind in spec.media_paths().items()}
+    loras = {lora.file: UNKNOWN_DIGEST for lora in spec.loras}
+    return make_plan(Recipe(spec, Facts(checkpoint, media, loras)))
+
+
+def read_film(path: Path) -> tuple[Storyboard, str]:
+    """The storyboard and its text, if everything it names can be where its nodes look. Raises SpecError,
     SettingError.
     """
     spec = load_spec(path)
@@ -68,4 +66,4 @@ def read_film(path: Path) -> tuple[Film, str]:
                 f"({WEIGHTS_FOLDER}/...)."
             )
             raise SettingError("is not on the cluster's nodes", field=str(path), value=file, remedy=remedy)
-    return Film(spec), path.read_text(encoding="utf-8-sig")
+    return spec, path.read_text(encoding="utf-8-sig")

@@ -56,6 +56,10 @@ quality gate, `longtake cancel`. What is left: 75, and signals such as 137 where
 IDLE_S = 300
 END_S = 5
 """From the end of the draining to that of the pod."""
+POD_DISK_GIB = 10
+"""Of a node's disk, for Ray's logs and the caches of CUDA and Triton. The checkpoint is on a volume or in the image."""
+GPU_DISK_GIB = 2
+"""For the inputs and LoRA files of the order that a worker has."""
 _USER = {"runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
 """The image's user; `fsGroup` lets it read the token, which others cannot."""
 
@@ -114,7 +118,8 @@ def cron_job(description: Description, schedule: Definition, schedules: str) -> 
         "command": ["longtake", "schedule", "tick", schedule.id, "--schedules", schedules],
         "env": _values({"XDG_CACHE_HOME": CACHE_FOLDER, **LOGGING}),
         "volumeMounts": [*_mounts(description)[1:], {"name": "shm", "mountPath": "/dev/shm"}],
-        "resources": _gpu_resources(description, description.gpus),
+        # Twice as many: one pod is head and worker.
+        "resources": _gpu_resources(description, description.gpus, films=4),
     }
     shared_memory = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}
     pod = {
@@ -182,7 +187,8 @@ def _head_group(description: Description, storyboard: str | None) -> dict[str, A
         ],
         "env": _environment(),
         "volumeMounts": _mounts(description),
-        "resources": _resources(cpus=6, memory_gib=24),
+        # The film so far is joined there, and the film goes to its place from there.
+        "resources": _resources(cpus=6, memory_gib=24, disk_gib=POD_DISK_GIB + 2 * description.film_gib),
     }
     volumes = _volumes(description)
     if storyboard is not None:
@@ -250,16 +256,23 @@ def _tolerations(description: Description, *, spot: bool) -> list[dict[str, str]
     return [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
 
 
-def _gpu_resources(description: Description, gpus: int) -> dict[str, Any]:
+def _gpu_resources(description: Description, gpus: int, *, films: int = 2) -> dict[str, Any]:
+    """`films`: how often the film lies there; a worker that joins it has it as units and as film."""
     hardware = description.hardware
-    return _resources(cpus=hardware.cpus_per_gpu * gpus, memory_gib=hardware.memory_gib(gpus), gpus=gpus)
+    return _resources(
+        cpus=hardware.cpus_per_gpu * gpus,
+        memory_gib=hardware.memory_gib(gpus),
+        disk_gib=POD_DISK_GIB + GPU_DISK_GIB * gpus + films * description.film_gib,
+        gpus=gpus,
+    )
 
 
-def _resources(*, cpus: int, memory_gib: int, gpus: int = 0) -> dict[str, Any]:
+def _resources(*, cpus: int, memory_gib: int, disk_gib: int, gpus: int = 0) -> dict[str, Any]:
+    """Of the disk at least so much: on a node that is short of it, pods that use more than they asked for go first."""
     amounts = {"cpu": str(cpus), "memory": f"{memory_gib}Gi"}
     if gpus:
         amounts["nvidia.com/gpu"] = str(gpus)
-    return {"requests": amounts, "limits": amounts}
+    return {"requests": {**amounts, "ephemeral-storage": f"{disk_gib}Gi"}, "limits": amounts}
 
 
 def _environment() -> list[dict[str, str]]:
