@@ -23,8 +23,9 @@ from cluster.manifests.description import (
     plan_groups,
 )
 
-RESUMABLE_CODES = [75, 130]
-"""A render that was stopped and goes on when the same command is run again."""
+RESUMABLE_CODES = [75]
+"""A render that was stopped and goes on when the same command is run again. SkyPilot does so without end, so 130, that
+of `longtake cancel`, is left to `max_restarts_on_errors`."""
 
 
 def sky_task(description: Description, film: Path) -> dict[str, Any]:
