@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from pipeline.tasks import Order, Role
 
-SAVE_S = 15.0
-"""How long before a draining node's deadline its orders are asked to save and stop."""
+SAVE_S = 20.0
+"""How long before a draining node's deadline its orders are asked to save and stop: a denoising step at full size takes
+up to 13 s, and what it saves has to reach the store. Spot machines give 25 to 30 s in all.
+"""
 
 
 @dataclass

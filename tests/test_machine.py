@@ -1071,7 +1071,7 @@ def test_nothing_new_is_sent_to_a_draining_node_and_nothing_there_is_charged() -
     node = {"w1": "spot", "w2": "kept"}[worker]
     studio.feed(NodeDraining(studio.now_s, node, deadline_s=120.0))
     assert not studio.of(StopWorkers), "there is time"
-    studio.wait(100)
+    studio.wait(95)
     assert not studio.of(StopWorkers)
     studio.wait(10)
     assert studio.of(StopWorkers) == [StopWorkers((worker,))]
