@@ -645,8 +645,8 @@ class Farm:
             state.message,
             state.exit_code,
         )
-        if one and not state.is_open:
-            row = replace(row, phase="running", message=f"is being {state.phase}: what it has is saved", exit_code=None)
+        if one and one.ending:
+            row = replace(row, phase="running", message=f"is being {one.ending}: what it has is saved", exit_code=None)
         summary = one.render.summary() if one else None
         if summary is None:
             return row

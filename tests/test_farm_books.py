@@ -253,6 +253,7 @@ def test_a_pause_stops_the_work_even_where_it_cannot_be_written_yet(store: Troub
         with pytest.raises(TransientError, match="cannot be written now"):
             await farm._change("a", "paused")
         assert render.stopped == [75] and read(store) == {"a": "running"}
+        assert (await farm._describe("a")).message == "is being paused: what it has is saved"
         store.error = None
         render.saved.set()
         await ends
