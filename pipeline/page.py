@@ -63,7 +63,7 @@ td:not(:first-child){white-space:nowrap}
 .wide{overflow-x:auto}.wide svg{min-width:960px}
 @media print{main{padding:0 1px}.wide{overflow:visible}.wide svg{min-width:0}th,td{font-size:9px;padding:2px 4px;
 white-space:normal!important}
-h2,h3{break-after:avoid}figure,svg,tr{break-inside:avoid}}
+h2,h3{break-after:avoid}figure,svg,tr,.card{break-inside:avoid}}
 """
 
 
