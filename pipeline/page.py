@@ -212,8 +212,8 @@ def _seams(inspection: Inspection) -> str:
     explained = (
         "How much the change to each frame stands out against the second around it (robust z-score, the largest "
         f"of six measures). Marks are seams: green ones are unseen, amber ones faint, red ones visible; cuts between "
-        f"shots are grey. The dashed line is z = {VISIBLE_Z:g}. Rank is the share of the film's other frames that "
-        "stand out less."
+        "shots are grey; crossfades are meant to stand out and have none. "
+        f"The dashed line is z = {VISIBLE_Z:g}. Rank is the share of the film's other frames that stand out less."
     )
     times_s = np.interp(np.linspace(0, len(table["time_s"]) - 1, len(score)), *_indexed(table["time_s"]))
     drawn = seam_map(times_s, score, marks, VISIBLE_Z)
