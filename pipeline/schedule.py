@@ -61,11 +61,13 @@ def chain_peers(peers: Staff, stable: Staff, *, spot: bool, moving: bool = False
     """The peers as a worker sees them that asks whether a chain needs it. `stable`: those that can do the chain and are
     on machines which stay.
 
-    On a spot machine it leaves the chain to them, busy or not: they come to it after their task. Among them, one that
-    chooses its role does not count chains on spot machines (`moving`): the chain moves over at the next segment.
+    On a spot machine it leaves the chain to them, busy or not: they come to it after their task. But not to those that
+    make texts: loading the chain after them would hold up the whole film. One of them that chooses its role does not
+    count chains on spot machines (`moving`): the chain moves over at the next segment.
     """
     if spot:
-        chains = _count(peers, "chain") + sum(stable.values()) - _count(stable, "chain")
+        coming = sum(count for role, count in stable.items() if role not in ("chain", "text"))
+        chains = _count(peers, "chain") + coming
     else:
         chains = _count(stable if moving else peers, "chain")
     return {**peers, "chain": chains}
