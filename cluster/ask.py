@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,25 +59,38 @@ def ask(store: Store, request: Request, plan: Plan, *, answer_s: float = ANSWER_
     After `answer_s` without an answer the lease is taken, which watches whether the other still lives.
     """
     holder, waited_s = running(store), 0.0
-    if holder is not None:
+    if holder is None:
+        with or_nothing("asked", store):
+            return _take_in_here(store, request, plan, None)
+    with or_nothing("asked", store):
         put_request(store, holder.epoch, request)
-        while waited_s < answer_s and running(store) is not None:
-            if is_marked_taken(store, holder.epoch, request.id):
-                return Taken("orchestrator", holder.epoch)
-            time.sleep(LOOK_S)
-            waited_s += LOOK_S
-        if request.id in open_ledger(store).load().requests:
+    while waited_s < answer_s and running(store) is not None:
+        if is_marked_taken(store, holder.epoch, request.id):
             return Taken("orchestrator", holder.epoch)
-    return _take_in_here(store, request, plan, holder)
+        time.sleep(LOOK_S)
+        waited_s += LOOK_S
+    if request.id in open_ledger(store).load().requests:
+        return Taken("orchestrator", holder.epoch)
+    try:
+        return _take_in_here(store, request, plan, holder)
+    except SettingError as error:
+        raise TransientError(f"asked, but nobody has answered: {error.message}; it may still be noticed") from error
+
+
+@contextmanager
+def or_nothing(done: str, store: Store) -> Iterator[None]:
+    """A store that takes no writes, or that another render holds: said with its place, and that nothing was `done`."""
+    try:
+        yield
+    except SettingError as error:
+        message = f"nothing was {done}: {error.message}"
+        raise SettingError(message, field="--store", value=store.url, remedy=error.remedy) from error
 
 
 def _take_in_here(store: Store, request: Request, plan: Plan, holder: LeaseHolder | None) -> Taken:
     """Under the lease; one that a running orchestrator took in just before is found in its journal."""
     ledger = open_ledger(store)
-    try:
-        epoch = ledger.take_lease()
-    except SettingError as error:
-        raise TransientError(f"asked, but nobody has answered: {error.message}; it may still be noticed") from error
+    epoch = ledger.take_lease()
     try:
         state = ledger.load()
         if request.id in state.requests:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from cluster.ask import running
+from cluster.ask import or_nothing, running
 from cluster.places import open_ledger, open_render
 from cluster.recipe import load_recipe, make_plan
 from cluster.versions import whole_film
@@ -49,7 +49,8 @@ def collect(
     render: Store, ledger: Ledger, look: Callable[[LedgerState, int], Garbage], *, watch_s: float = 30.0
 ) -> Garbage:
     """Delete what `look` finds in the state under our epoch, in an order that a crash may end anywhere."""
-    epoch = ledger.take_lease(watch_s=watch_s)
+    with or_nothing("deleted", render):
+        epoch = ledger.take_lease(watch_s=watch_s)
     try:
         garbage = look(ledger.load(), epoch)
         if garbage.orphans:

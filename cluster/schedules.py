@@ -141,6 +141,7 @@ def run_now(place: str, name: str, runner: Runner | None) -> int:
     if not (state.open_runs and not state.open_runs[0].submitted):
         _append(log, lambda state: claim_by_hand(state, time.time()))
     run = log.state.open_runs[-1]
+    _say_other_name(run)
     if runner is None:
         print(f"{run.id}: the farm takes it at its next turn")
         return 0
@@ -180,9 +181,15 @@ def _tick_one(store: Store, schedule_id: str, runner: Runner) -> int:
         failed = error.exit_code
     for run in log.state.runs.values():
         if before.runs.get(run.number) != run:
+            _say_other_name(run)
             print(f"{run.id}: {_standing(run)}")
             failed = failed or (run.ended.exit_code if run.ended else 0)
     return failed
+
+
+def _say_other_name(run: Run) -> None:
+    if run.same_name > 1:
+        print(f"{run.id}: an earlier run has a film {run.film}; this one's is {run.storyboard().output.path}")
 
 
 def print_schedules(place: str, name: str | None, *, as_json: bool) -> int:

@@ -8,6 +8,9 @@ says that it was made, so a crash at any point neither loses a run nor makes two
 
 One run of a schedule at a time. A tick that comes while one is there is skipped, queued behind it, or replaces
 it. Ticks that nobody looked at (nothing ran) are made up for by one run, for the last of them.
+
+A film whose name has variables is kept: a later run that would give its film the same name (two runs on a day, where
+the name has the date) gets the next number behind it. A name without variables is that of the latest film.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any, Literal
 from pipeline.cron import Cron
 from pipeline.errors import SettingError, SpecError
 from pipeline.rows import Value
-from pipeline.spec import Storyboard, parse_spec
+from pipeline.spec import Storyboard, name_of, parse_spec
 from pipeline.tasks import NAME_PATTERN, canonical_json
 
 Overlap = Literal["skip", "queue", "replace"]
@@ -124,6 +127,10 @@ class Run:
     submitted: bool = False
     cancel_asked: bool = False
     ended: Ended | None = None
+    film: str = ""
+    """What its film would be called, if that differs from run to run."""
+    same_name: int = 1
+    """The number of its film among those of that name."""
 
     @property
     def id(self) -> str:
@@ -138,7 +145,12 @@ class Run:
 
     def storyboard(self) -> Storyboard:
         """The film of this run. Raises SpecError."""
-        return expand(self.definition, self.claim)
+        spec = expand(self.definition, self.claim)
+        if self.same_name == 1:
+            return spec
+        name, suffix = posixpath.splitext(spec.output.path or f"{name_of(spec.title)}.{spec.output.container}")
+        path = f"{name}-{self.same_name}{suffix}"
+        return spec.model_copy(update={"output": spec.output.model_copy(update={"path": path})})
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,9 @@ def apply_entry(state: State, entry: Entry) -> State:
         case Claimed(_, tick_s, counter, by_hand):
             assert state.definition is not None
             since_s = state.since_s if by_hand else max(state.since_s, tick_s)
-            runs = {**state.runs, state.entries: Run(state.entries, state.definition, entry)}
+            film = _film_name(state.definition, entry)
+            run = Run(state.entries, state.definition, entry, film=film, same_name=_next_of_name(state, film))
+            runs = {**state.runs, run.number: run}
             return replace(state, since_s=since_s, counter=counter, runs=runs)
         case Submitted(_, run):
             return _change(state, run, submitted=True)
@@ -202,6 +216,29 @@ def apply_entry(state: State, entry: Entry) -> State:
             return _change(state, run, cancel_asked=True)
         case Ended(_, run):
             return _change(state, run, ended=entry)
+
+
+def _film_name(definition: Definition, claim: Claimed) -> str:
+    """What the film of a run is called, without what tells two of one name apart; "" if all runs have one name."""
+    board = definition.storyboard
+    path = (board.get("output") or {}).get("path")
+    template = str(board.get("title", "") if path is None else path)
+    if set(_VARIABLE.findall(template)) <= {"schedule"}:
+        return ""
+    name = str(_fill(template, values_of(definition, claim)))
+    return name_of(name) if path is None else name
+
+
+def _next_of_name(state: State, film: str) -> int:
+    """1, or the number after those of the runs that made a film of this name, or still may."""
+    assert state.definition is not None
+    replaces = state.definition.overlap == "replace"
+    made = [
+        run.same_name
+        for run in state.runs.values()
+        if film and run.film == film and (not replaces if run.ended is None else run.ended.exit_code == 0)
+    ]
+    return max(made, default=0) + 1
 
 
 def _change(state: State, run: int, **changes: Any) -> State:
@@ -302,6 +339,9 @@ def check_schedule_id(schedule_id: str) -> None:
 def check_definition(definition: Definition, now_s: float) -> list[Storyboard]:
     """Every film that the schedule will ever order. Raises SettingError, SpecError if one is none."""
     check_schedule_id(definition.id)
+    if _VARIABLE.search(definition.renders):
+        remedy = "Variables stand in the storyboard; each run has a folder of its own there anyway."
+        raise SettingError("takes no variables", field="--renders", value=definition.renders, remedy=remedy)
     if len(definition.rows) > MOST_ROWS:
         raise SettingError("has too many rows", field="--rows", value=len(definition.rows), remedy=f"{MOST_ROWS} fit.")
     for column in definition.rows[0] if definition.rows else ():

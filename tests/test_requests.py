@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from cluster.cli import main
 from cluster.recipe import Recipe, make_plan
 from pipeline.errors import TransientError
 from pipeline.facts import CheckpointFacts, Facts
-from pipeline.journal import AttemptFailed, AttemptStarted, RedoRequested, RequestTaken, TaskReset
+from pipeline.journal import AttemptFailed, AttemptStarted, RedoRequested, RequestTaken, ShotLocked, TaskReset
 from pipeline.lease import Owner
 from pipeline.ledger import Ledger, LedgerState
 from pipeline.plan import Plan
@@ -228,6 +232,46 @@ def test_retry_forgives_bytes_that_went_bad_and_refusals_of_the_gate(store: Loca
     assert state.refusals == {}
     assert not state.logs[task.id].charged
     assert TaskReset(task.id, task.label) not in entries_for(Request("0002", "retry"), state, [task], 1)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The folder cannot be written: by its mode, or for root, whom modes do not stop, by a mount."""
+    root = os.geteuid() == 0
+    if root and subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    if not root:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(path.stat().st_mode & 0o555)
+    try:
+        yield
+    finally:
+        if root:
+            subprocess.run(["umount", folder], check=True)
+        else:
+            for path in (folder, *folder.rglob("*")):
+                path.chmod(path.stat().st_mode | 0o200)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_request_to_a_store_that_cannot_be_written_was_not_asked(
+    store: LocalStore, capsys: pytest.CaptureFixture[str], running: bool
+) -> None:
+    fail(store, "one/segment/0", 4)
+    ask(store, new_request("lock", [ShotLocked("one", {}, {})]), plan_of(store))
+    if running:
+        Ledger(store).take_lease()
+    with read_only(store.root):
+        for command in (["cancel", store.url], ["retry", store.url], ["unlock", store.url, "one"]):
+            assert main(command) == 2
+            said = capsys.readouterr()
+            assert said.out == ""
+            for word in ("--store: nothing was asked", store.url, "must be a writable folder"):
+                assert word in said.err
+        assert main(["pause", store.url]) == (2 if running else 0)
+        assert ("nothing was asked" in capsys.readouterr().err) is running
+        assert main(["gc", store.url]) == 2
+        assert "nothing was deleted" in capsys.readouterr().err
 
 
 # Logs

@@ -75,6 +75,19 @@ def test_a_schedule_is_added_run_listed_and_removed(renderer: Renderer, capsys: 
     assert len(listed(capsys, "news")) == 2, "history stays"
 
 
+def test_a_second_run_of_a_day_says_where_its_film_is(
+    renderer: Renderer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("film.yaml").write_text(FILM + "output: {path: 'films/${schedule}-${date}.mp4'}\n")
+    assert add() == 0
+    capsys.readouterr()
+    assert main(["schedule", "run-now", "news"]) == main(["schedule", "run-now", "news"]) == 0
+    first, second = [film["output"]["path"] for film in renderer.films]
+    assert second == first.replace(".mp4", "-2.mp4")
+    assert f"an earlier run has a film {first}; this one's is {second}" in capsys.readouterr().out
+    assert len(set(renderer.stores)) == 2
+
+
 def test_a_run_that_was_stopped_goes_on_under_the_same_name(
     renderer: Renderer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,6 +289,59 @@ def test_by_hand_counts_and_takes_no_tick(started: Any) -> None:
     assert farm.submitted[-1] == run_name(1, 2)
 
 
+def films(log: ScheduleLog) -> list[str | None]:
+    return [run.storyboard().output.path for run in log.state.runs.values()]
+
+
+@pytest.mark.parametrize(
+    ("film", "first", "second", "other_day"),
+    [
+        ({"output": {"path": "v1.0/${date}"}}, "v1.0/2026-11-26", "v1.0/2026-11-26-2", "v1.0/2026-11-27"),
+        ({"output": {"path": "${date}.mkv"}}, "2026-11-26.mkv", "2026-11-26-2.mkv", "2026-11-27.mkv"),
+        ({"title": "On ${date}", "output": {"codec": "prores"}}, None, "on-2026-11-26-2.mov", None),
+    ],
+)
+def test_a_second_run_of_a_day_leaves_the_first_ones_film(
+    started: Any, film: dict[str, Any], first: str | None, second: str, other_day: str | None
+) -> None:
+    log, farm = started(storyboard={**FILM, **film}), Farm()
+    for day, hour, exit_code in ((26, 1, 1), (26, 2, 0), (26, 3, 4), (26, 4, 0), (27, 0, 0)):
+        now_s = at(f"2026-11-{day} {hour:02d}:30")
+        assert log.append(Skipped(now_s, now_s)) and log.append(claim_by_hand(log.state, now_s))
+        advance(log, now_s, farm)
+        farm.finish(farm.submitted[-1], exit_code)
+        advance(log, now_s, farm)
+    assert films(log) == [first, first, second, second, other_day], "a run that failed leaves its name"
+
+
+@pytest.mark.parametrize("path", ["latest.mp4", "${schedule}.mp4"])
+def test_a_film_whose_name_never_differs_is_the_latest(started: Any, path: str) -> None:
+    log, farm = started(storyboard={**FILM, "title": "On ${date}", "output": {"path": path}}), Farm()
+    for hour in (1, 2):
+        advance(log, at(f"2026-11-26 0{hour}:00"), farm)
+        farm.finish(run_name(hour, hour))
+        advance(log, at(f"2026-11-26 0{hour}:00"), farm)
+    assert len(set(films(log))) == 1 and len(films(log)) == 2
+
+
+def test_names_are_told_apart_while_runs_wait_and_after_the_schedule_was_added_again(started: Any) -> None:
+    film = {**FILM, "output": {"path": "${date}.mp4"}}
+    log = started("queue", storyboard=film)
+    for minute in (31, 32):
+        assert log.append(claim_by_hand(log.state, at(f"2026-11-26 00:{minute}")))
+    assert log.append(Removed(at("2026-11-26 00:33")))
+    assert log.append(Added(at("2026-11-26 00:34"), define("queue", storyboard=film)))
+    assert log.append(claim_by_hand(log.state, at("2026-11-26 00:35")))
+    assert films(log) == ["2026-11-26.mp4", "2026-11-26-2.mp4", "2026-11-26-3.mp4"]
+
+
+def test_a_run_that_replaces_another_takes_its_films_name(started: Any) -> None:
+    log = started("replace", storyboard={**FILM, "output": {"path": "${date}.mp4"}})
+    for minute in (31, 32):
+        assert log.append(claim_by_hand(log.state, at(f"2026-11-26 00:{minute}")))
+    assert films(log) == ["2026-11-26.mp4"] * 2
+
+
 def test_a_film_that_cannot_be_ordered_ends_its_run_with_the_reason(started: Any) -> None:
     class Strict(Farm):
         def submit(self, run: Run) -> None:
@@ -448,6 +501,7 @@ def test_a_table_that_is_used_up_ends_the_schedule(started: Any) -> None:
         ({"id": "x" * 41}, "x" * 41),
         ({"storyboard": {"shots": [{"duration": "2s", "prompt": "${who}"}]}}, "${who}"),
         ({"rows": ({"counter": 1},)}, "counter"),
+        ({"renders": "renders/${date}"}, "--renders"),
         ({"rows": ({"s": "2s"}, {"s": "-2s"}), "storyboard": LASTING}, "run 2"),
     ],
 )
