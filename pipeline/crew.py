@@ -48,11 +48,6 @@ class Worker:
     """It has had that task."""
 
     @property
-    def steady(self) -> bool:
-        """Whether it can do a chain where nobody takes the machine away."""
-        return not self.spot and "chain" in self.roles
-
-    @property
     def free(self) -> bool:
         """Whether it can be given something to do."""
         return self.loading_since_s is None and self.task_id is None

@@ -73,7 +73,7 @@ from pipeline.ledger import LedgerState, dependants_of
 from pipeline.limits import Budgets, Timeouts, given_up
 from pipeline.records import artifact_sha256
 from pipeline.requests import STOP_CODES, Request, entries_for
-from pipeline.schedule import ROLES_FOR_KIND, Demand, Staff, chain_peers, choose_role, kinds_of, must_leave_for_chain
+from pipeline.schedule import LONG_CHAIN, ROLES_FOR_KIND, Demand, Staff, choose_role, kinds_of, must_leave_for_chain
 from pipeline.summary import Tally, activity, expected_rest_s, phase_progress
 from pipeline.tasks import ArtifactFile, CommitRecord, Order, Role, Task, TaskKind
 
@@ -578,10 +578,10 @@ class Machine:
         self._demand = None
         # Counted once: on a large cluster most workers are free at the end, and each looks at all the others.
         staff = Counter(worker.role for worker in usable)
-        stable = Counter(worker.role for worker in usable if worker.steady)
+        stable = Counter(worker.role for worker in usable if not worker.spot)
         for worker in usable:
             if worker.free:
-                counts = (staff, stable) if worker.steady else (staff,)
+                counts = (staff,) if worker.spot else (staff, stable)
                 for count in counts:
                     count[worker.role] -= 1
                 self._employ(worker, staff, stable, usable)
@@ -591,9 +591,7 @@ class Machine:
     def _employ(self, worker: Worker, roles: Staff, stable: Staff, usable: Sequence[Worker]) -> None:
         if worker.used:
             return
-        if must_leave_for_chain(
-            worker.role, worker.roles, chain_peers(roles, stable, spot=worker.spot), self._graph.ready("segment")
-        ):
+        if must_leave_for_chain(worker.role, worker.roles, roles, self._graph.ready("segment")):
             self._assign(worker, "chain")
             return
         for kind in kinds_of(worker.role, roles) if worker.role else ():
@@ -603,8 +601,10 @@ class Machine:
                 return
         if worker.lent:
             return
-        seen = chain_peers(roles, stable, spot=worker.spot, moving=True)
-        role = choose_role(worker.role, worker.roles, seen, self._current_demand())
+        demand = self._current_demand()
+        if not worker.spot and demand.segments >= LONG_CHAIN * demand.chain:
+            roles = {**roles, "chain": stable.get("chain", 0)}
+        role = choose_role(worker.role, worker.roles, roles, demand)
         if role is not None and role != worker.role:
             self._assign(worker, role)
 
@@ -614,7 +614,8 @@ class Machine:
             left = self._graph.left
             media = left["source"] + left["encode"] + left["film"]
             chains = self._graph.live_chains(len(self._crew.workers))
-            self._demand = Demand(min(1, left["text"]), chains, left["window"], media)
+            running = sum(job.order.task.kind == "segment" for job in self._jobs.values())
+            self._demand = Demand(min(1, left["text"]), chains, left["window"], media, left["segment"] - running)
         return self._demand
 
     def _assign(self, worker: Worker, role: Role) -> None:

@@ -347,7 +347,7 @@ def chain_workers(studio: Studio) -> list[str]:
 
 @pytest.mark.parametrize("stable_first", [True, False])
 def test_the_chain_is_done_where_no_machine_is_taken_away(stable_first: bool) -> None:
-    studio = Studio(film(segments=8))
+    studio = Studio(film(segments=12))
     if stable_first:
         studio.join("stable")
     studio.join("s1", "s2", spot=True)
@@ -368,7 +368,7 @@ def test_spot_machines_take_the_chains_that_are_too_many_for_the_others() -> Non
 
 
 def test_the_chain_goes_to_a_spot_machine_when_the_stable_one_is_lost_and_back_to_the_next() -> None:
-    studio = Studio(film(segments=9))
+    studio = Studio(film(segments=20))
     studio.join("stable")
     studio.join("s1", "s2", spot=True)
     studio.done("prompt", "empty", "a/segment/0", "a/segment/1")
@@ -380,6 +380,16 @@ def test_the_chain_goes_to_a_spot_machine_when_the_stable_one_is_lost_and_back_t
     studio.run()
     *_, first, spot, last = chain_workers(studio)
     assert (first, last) == ("stable", "next") and spot in ("s1", "s2")
+
+
+def test_nobody_waits_to_take_over_a_chain_that_is_nearly_done() -> None:
+    studio = Studio(film(chains=3, segments=1))
+    studio.join("stable")
+    studio.join("s1", spot=True)
+    studio.done("prompt", "empty", "a/segment/0")
+    assert studio.running["c/segment/0"][0] == "s1"
+    studio.done("b/segment/0")
+    assert ("stable", "refine") in studio.roles
 
 
 def test_a_chain_does_not_wait_for_a_stable_machine_that_only_encodes() -> None:
