@@ -81,24 +81,27 @@ def _describe_cuda(dtype: str) -> dict[str, Any]:
 
 
 def device_kind(device: str) -> str:
-    """What the kernels are chosen by: the GPU's model, or the CPU's vector instructions, and its model where they do
-    not tell: OpenBLAS and Apple's library have others for each core, and the latter changes with macOS.
+    """What the kernels are chosen by: the GPU's model, or the CPU's vector instructions and its model. MKL takes others
+    for each maker and cuts products by the size of caches, OpenBLAS and Apple's library have others for each core, and
+    the latter changes with macOS.
     """
     if device == "cuda":
         return f"cuda {torch.cuda.get_device_name()}"
-    machine = platform.machine()
-    core = "" if machine == "x86_64" else f" {_core()}"
-    return f"cpu {machine} {torch.backends.cpu.get_cpu_capability()}{core}"
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_core()}"
 
 
 def _core() -> str:
-    """The CPU's model: `Apple M2 Pro, macOS 15.1`, or `0x41 0xd4f`, the numbers of maker and core, on Linux."""
+    """The CPU's model: `Apple M2 Pro, macOS 15.1`; on Linux `AuthenticAMD 25 17` (maker, family, model), or the numbers
+    of maker and core, `0x41 0xd4f`.
+    """
     if sys.platform == "darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return f"{said.strip()}, macOS {platform.mac_ver()[0]}"
-    found = re.findall(r"^CPU (?:implementer|part)\s*: (\S+)", CPU_INFORMATION.read_text(), re.MULTILINE)
-    return " ".join(sorted(set(found)))
+    said = CPU_INFORMATION.read_text()
+    if x86 := re.findall(r"^(?:vendor_id|cpu family|model)\s*: (\S+)", said, re.MULTILINE):
+        return " ".join(x86[:3])
+    return " ".join(sorted(set(re.findall(r"^CPU (?:implementer|part)\s*: (\S+)", said, re.MULTILINE))))
 
 
 def _version(library: str) -> str:

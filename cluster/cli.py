@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli_deploy import add_manifest, add_schedule_commands
 from cluster.cli_farm import add_cluster, add_farm_commands, cluster_of, dashboard_of, is_farmed, run_there
 from cluster.cli_values import count, gigabytes, gpu_type, minutes, name_list, positive, seconds
-from pipeline.errors import LongtakeError
+from pipeline.errors import LongtakeError, SettingError
 
 if TYPE_CHECKING:
     from cluster.render import RenderRequest
@@ -113,6 +113,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--gpu-type", type=gpu_type, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
     add("--deadline", dest="deadline_s", type=seconds, default=None, metavar="2h", help="how many GPUs make it")
     add("--prices", type=Path, default=None, metavar="FILE", help="YAML: dollars for a GPU and hour by GPU type")
+    add("--gpus-per-node", type=positive, default=8, metavar="N", help="with --gpus (default: %(default)s)")
+    add("--stable-gpus", type=count, default=None, metavar="N", help="the rest is on spot nodes (default: all)")
+    add("--spot-life", type=seconds, default=None, metavar="6h", help="of a spot node, on average (default: 6h)")
     add("--card-gb", type=gigabytes, default=None, metavar="N", help="say what does not fit on cards of N GB")
     parser.set_defaults(command=_plan)
 
@@ -262,12 +265,23 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from cluster.outlook import Cluster
+    from cluster.outlook import LEAST_SPOT_LIFE_S, SPOT_LIFE_S, Cluster
     from cluster.show import print_plan
 
-    cluster = None
-    if options.gpus or options.gpu_type or options.deadline_s or options.prices:
-        cluster = Cluster(options.gpus, options.gpu_type or "h200", options.deadline_s, options.prices)
+    cluster, has_spot = None, options.stable_gpus is not None
+    if options.spot_life is not None and (not has_spot or options.spot_life < LEAST_SPOT_LIFE_S):
+        remedy = f"It goes with --stable-gpus and is at least {LEAST_SPOT_LIFE_S / 60:.0f}m."
+        raise SettingError("cannot be used", field="--spot-life", value=f"{options.spot_life:g}s", remedy=remedy)
+    if options.gpus or options.gpu_type or options.deadline_s or options.prices or has_spot:
+        cluster = Cluster(
+            options.gpus,
+            options.gpu_type or "h200",
+            options.deadline_s,
+            options.prices,
+            options.stable_gpus,
+            options.spot_life or SPOT_LIFE_S,
+            options.gpus_per_node,
+        )
     gpu_type = cluster.gpu_type if cluster else None
     request = _selected(options, checkpoint=options.checkpoint, gpu_type=gpu_type, plan_only=True)
     return print_plan(request, cluster, options.card_gb)

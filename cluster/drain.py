@@ -1,4 +1,4 @@
-"""Which nodes Ray is about to take away: the preemption notice.
+"""Which nodes may be taken away, and which Ray is about to: the preemption notice.
 
 Ray 2.60 has no public function for it; this is the one place that asks the state that Ray's own libraries ask.
 """
@@ -6,8 +6,24 @@ Ray 2.60 has no public function for it; this is the one place that asks the stat
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
+import ray
 from ray._private.state import state
+
+MARKET_LABEL = "ray.io/market-type"
+"""Ray's own label: `spot` or `on-demand`."""
+
+
+def is_spot(node: Mapping[str, Any]) -> bool:
+    """Whether a node of `ray.nodes()` may be taken away at any time."""
+    return bool(node.get("Labels", {}).get(MARKET_LABEL) == "spot")
+
+
+def spot_nodes() -> set[str]:
+    """Hex ids of the nodes that may be taken away. Raises what Ray raises when the head does not answer."""
+    return {node["NodeID"] for node in ray.nodes() if is_spot(node)}
 
 
 def draining_nodes() -> dict[str, float | None]:

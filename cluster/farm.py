@@ -21,12 +21,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import ray
 
 from cluster.ask import ask, new_request
+from cluster.farm_books import FarmBooks
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
 from cluster.farm_pool import Hand, Pool
@@ -34,11 +35,11 @@ from cluster.farm_schedules import TURN_S as SCHEDULES_S
 from cluster.farm_schedules import FarmRunner, FarmSchedules, schedules_place
 from cluster.farmed_render import FarmedRender
 from cluster.job import Outcome, RenderJob, Serves, WorkerSettings
-from cluster.metrics import ray_instrument
+from cluster.metrics import LOOK_S, ray_instrument
 from cluster.placement import GPU_HOST_THREADS, Placement
 from cluster.recipe import RECIPE_FILE, Recipe, load_recipe, make_plan
 from cluster.session import NAMESPACE
-from pipeline.errors import LongtakeError, SettingError, StoreError, TransientError
+from pipeline.errors import SettingError, TransientError
 from pipeline.events import ProgressSummary
 from pipeline.facts import CheckpointFacts
 from pipeline.farm import Borrower, Lender, Load, Queued, gangs_wanted, lend, open_next, workers_wanted
@@ -48,10 +49,8 @@ from pipeline.store import open_store
 from pipeline.submissions import (
     Adjusted,
     Changed,
-    Entry,
     Phase,
     Submission,
-    SubmissionBook,
     SubmissionState,
     Submitted,
     UsageBook,
@@ -66,7 +65,6 @@ T = TypeVar("T")
 ACTOR_NAME = "farm"
 TURN_S = 1.0
 """At most so long between two looks at everything; changes are looked at as they come."""
-BOOKS_S = 10.0
 UNUSED_S = 2.0
 """A worker that came back unused is not offered to the same render before that."""
 KEPT_EVENTS = 200
@@ -184,7 +182,7 @@ class Farm:
     def __init__(self, settings: FarmSettings) -> None:
         self._settings = settings
         self._store = open_store(settings.store_url)
-        self._book, self._usage = SubmissionBook(self._store), UsageBook()
+        self._books = FarmBooks(self._store, lambda: os._exit(1))
         self._open: dict[str, _Open] = {}
         self._events: dict[str, _Events] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -256,7 +254,7 @@ class Farm:
             os._exit(1)
 
     async def _main(self) -> None:
-        self._wake, self._ready = asyncio.Event(), asyncio.Event()
+        self._wake = asyncio.Event()
         settings = self._settings
         self._pool = Pool(
             self._worker_settings("", CheckpointFacts("", "")),
@@ -266,11 +264,9 @@ class Farm:
             changed=self._wake.set,
             spawn=self._spawn,
         )
-        await self._io(self._book.load)
-        self._usage = await self._io(lambda: UsageBook.load(self._store))
-        self._ready.set()
+        await self._books.open()
         self._spawn(self._pool.watch())
-        self._spawn(self._keep_books())
+        self._spawn(self._books.keep())
         self._spawn(self._show())
         self._spawn(self._keep_schedules())
         while True:
@@ -318,7 +314,7 @@ class Farm:
                 state.submitted_at_s if state.phase == "queued" else 0.0,
                 state.submission.start_after_s,
             )
-            for render_id, state in self._book.states.items()
+            for render_id, state in self._books.states.items()
             if state.is_open and render_id not in self._open
         ]
 
@@ -335,7 +331,7 @@ class Farm:
             idle -= 1
 
     def _open_render(self, render_id: str) -> None:
-        state = self._book.states[render_id]
+        state = self._books.states[render_id]
         submission = state.submission
         recipe = Recipe.from_json(submission.recipe)
         settings = replace(
@@ -366,8 +362,8 @@ class Farm:
     async def _carry(self, one: _Open, is_new: bool) -> None:
         """A render from here to its outcome."""
         render_id = one.render.render_id
-        if is_new:
-            await self._write(render_id, Changed(time.time(), "running"))
+        if is_new and one.ending is None:
+            await self._books.write(render_id, lambda state: Changed(time.time(), "running"))
         outcome = await one.render.run()
         self._collect(one)
         goes_on = self._stopping and outcome.exit_code == 75 and one.ending is None
@@ -375,9 +371,11 @@ class Farm:
             phase, message = one.ending or _phase_of(outcome), one.why or outcome.message
             if outcome.exit_code == 0:
                 phase, message = "done", ""
-                if self._book.states[render_id].submission.ends_for_approval:
+                if self._books.states[render_id].submission.ends_for_approval:
                     phase, message = "approval", f"stage one is there; `longtake resume {render_id}` refines it"
-            await self._write(render_id, Changed(time.time(), phase, message, outcome.exit_code))
+            end = Changed(time.time(), phase, message, outcome.exit_code)
+            # What was asked for is written down already.
+            await self._books.write(render_id, lambda state: None if state and state.phase == phase else end)
         del self._open[render_id]
         forget_ended(self._events, self._open)
         for hand in list(self._pool.hands.values()):
@@ -386,7 +384,7 @@ class Farm:
                 self._free(hand)
         self._wake.set()
         if not goes_on:
-            await asyncio.to_thread(call_hooks, self._book.states[render_id])
+            await asyncio.to_thread(call_hooks, self._books.states[render_id])
 
     def _look_at_renders(self) -> None:
         """Take in what the renders need now, and stop those that have spent what they may."""
@@ -395,10 +393,10 @@ class Farm:
             self._collect(one)
             self._tell_of_drains(one)
             borrower.loads, borrower.needs, borrower.numerics = render.loads, render.needs, render.numerics
-            state = self._book.states[render.render_id]
+            state = self._books.states[render.render_id]
             borrower.priority = state.submission.priority
             borrower.done_by_s = _on_own_clock(state.submission.done_by_s)
-            most_cost, spent = state.submission.most_cost, self._usage.of(render.render_id, borrower.owner).cost
+            most_cost, spent = state.submission.most_cost, self._books.usage.of(render.render_id, borrower.owner).cost
             if most_cost is not None and spent >= most_cost and one.ending is None:
                 one.ending, one.why = "paused", f"{spent:.2f} are spent; --max-cost is {most_cost:.2f}"
             if one.ending is not None:
@@ -444,7 +442,7 @@ class Farm:
         self._wake.set()
 
     def _count_idle(self, hand: Hand) -> None:
-        self._usage.of("").idle_s += (time.monotonic() - hand.since_s) * hand.lender.size
+        self._books.usage.of("").idle_s += (time.monotonic() - hand.since_s) * hand.lender.size
         hand.since_s = time.monotonic()
 
     # What the renders tell (`farmed_render.FarmSide`)
@@ -489,11 +487,12 @@ class Farm:
 
     def lost(self, worker_id: str, reason: str) -> None:
         log.warning("worker %s is ended: %s", worker_id, reason)
+        self._metrics.count_lost()
         self._pool.end(worker_id)
 
     def _use(self, render_id: str, *, busy_s: float = 0.0, loading_s: float = 0.0, lost_s: float = 0.0) -> None:
-        state = self._book.states.get(render_id)
-        usage = self._usage.of(render_id, state.submission.owner if state else "")
+        state = self._books.states.get(render_id)
+        usage = self._books.usage.of(render_id, state.submission.owner if state else "")
         cost = (busy_s + loading_s + lost_s) / 3600 * self._settings.price_hour
         usage.busy_s += busy_s
         usage.loading_s += loading_s
@@ -504,42 +503,49 @@ class Farm:
     # Answers
 
     async def _hello(self) -> FarmSettings:
-        await self._when_ready()
+        await self._books.when_open()
         return self._settings
 
     async def _submit(self, submission: Submission) -> tuple[Row, bool]:
-        await self._when_ready()
-        render_id = submission.render_id
-        state = self._book.states.get(render_id)
-        if state is not None and state.is_open:
-            if not same_order(state.submission, submission):
-                remedy = f"`longtake cancel {render_id}` first; what is committed is kept."
-                message = "another version of it is queued or runs"
-                raise SettingError(message, field="ID", value=render_id, remedy=remedy)
-            return self._row(render_id), True
+        await self._books.when_open()
         if submission.most_cost is not None and not self._settings.price_hour:
             remedy = "Start the farm with --price."
             raise SettingError("the farm knows no price", field="--max-cost", value=submission.most_cost, remedy=remedy)
-        if state is not None and state.phase in ("done", "approval") and same_order(state.submission, submission):
-            return self._row(render_id), True
-        if render_id in self._open:
-            raise SettingError("is still ending", field="ID", value=render_id, remedy="Try again in a few seconds.")
-        await self._write(render_id, Submitted(time.time(), submission))
+        render_id, known = submission.render_id, False
+
+        def decide(state: SubmissionState | None) -> Submitted | None:
+            nonlocal known
+            known = state is not None and self._is_there(state, submission)
+            return None if known else Submitted(time.time(), submission)
+
+        await self._books.ask(render_id, decide)
         self._wake.set()
-        return self._row(render_id), False
+        return self._row(render_id), known
+
+    def _is_there(self, state: SubmissionState, submission: Submission) -> bool:
+        """Whether nothing is to be done for this order. Raises SettingError where it cannot be taken."""
+        same, render_id = same_order(state.submission, submission), submission.render_id
+        if state.is_open and not same:
+            remedy = f"`longtake cancel {render_id}` first; what is committed is kept."
+            raise SettingError("another version of it is queued or runs", field="ID", value=render_id, remedy=remedy)
+        if same and (state.is_open or state.phase in ("done", "approval")):
+            return True
+        if render_id in self._open:
+            raise _still_ending(render_id)
+        return False
 
     async def _rows(self) -> list[Row]:
-        await self._when_ready()
-        rows = [self._row(render_id) for render_id in self._book.states]
+        await self._books.when_open()
+        rows = [self._row(render_id) for render_id in self._books.states]
         order = ("running", "queued", "approval", "paused", "failed", "cancelled", "done")
         return sorted(rows, key=lambda row: (order.index(row.phase), -row.priority, row.submitted_at_s))
 
     async def _describe(self, render_id: str) -> Row:
-        await self._when_ready()
+        await self._books.when_open()
         return self._row(self._known(render_id))
 
     async def _follow(self, render_id: str, cursor: int) -> FarmNews:
-        await self._when_ready()
+        await self._books.when_open()
         one = self._open.get(self._known(render_id))
         if one is not None:
             self._collect(one)
@@ -547,26 +553,45 @@ class Farm:
         return FarmNews(events, after, one.render.summary() if one else None, self._row(render_id))
 
     async def _change(self, render_id: str, phase: Phase) -> Row:
-        await self._when_ready()
-        state = self._book.states[self._known(render_id)]
-        one = self._open.get(render_id)
+        await self._books.when_open()
+        self._known(render_id)
         if phase == "queued":
-            if not state.is_open and one is None:
-                if state.phase == "failed":
-                    await self._io(lambda: give_new_budgets(state.submission.store_url))
-                approved = state.phase == "approval"
-                order = state.submission.approved() if approved else state.submission
-                await self._write(render_id, Submitted(time.time(), order))
-        elif state.phase != "done" and (state.phase != phase or one is not None):
-            exit_code = {"paused": 75, "cancelled": 130}[phase]
-            if one is None:
-                await self._write(render_id, Changed(time.time(), phase, "on request", exit_code))
-            else:
-                one.ending, one.borrower.paused = phase, True
-                await one.render.stop(exit_code)
-                await self._ended(render_id)
+            await self._queue_again(render_id)
+        else:
+            await self._end_early(render_id, phase)
         self._wake.set()
         return self._row(render_id)
+
+    async def _queue_again(self, render_id: str) -> None:
+        def decide(state: SubmissionState | None) -> Submitted | None:
+            if state is None or state.is_open:
+                return None
+            if render_id in self._open:
+                raise _still_ending(render_id)
+            order = state.submission
+            return Submitted(time.time(), order.approved() if state.phase == "approval" else order)
+
+        state = self._books.states[render_id]
+        if state.phase == "failed":
+            await self._io(lambda: give_new_budgets(state.submission.store_url))
+        await self._books.ask(render_id, decide)
+
+    async def _end_early(self, render_id: str, phase: Phase) -> None:
+        """Pause or cancel: what runs is stopped at once, and the wish written down before that has come to its end, so
+        that no farm begins with it again.
+        """
+        exit_code = {"paused": 75, "cancelled": 130}[phase]
+
+        def decide(state: SubmissionState | None) -> Changed | None:
+            if state is None or state.phase in (phase, "done"):
+                return None
+            return Changed(time.time(), phase, "on request", exit_code)
+
+        if (one := self._open.get(render_id)) is not None:
+            one.ending, one.borrower.paused = phase, True
+            await one.render.stop(exit_code)
+        await self._books.ask(render_id, decide)
+        await self._ended(render_id)
 
     async def _ended(self, render_id: str) -> None:
         """Wait until an open render has ended, for as long as saving may take."""
@@ -575,37 +600,37 @@ class Farm:
             await asyncio.sleep(0.1)
 
     async def _adjust(self, render_id: str, entry: Adjusted) -> Row:
-        await self._when_ready()
-        await self._write(self._known(render_id), entry)
+        await self._books.when_open()
+        await self._books.ask(self._known(render_id), lambda state: entry)
         self._wake.set()
         return self._row(render_id)
 
     async def _get_usage(self) -> UsageBook:
-        await self._when_ready()
+        await self._books.when_open()
         for hand in self._pool.hands.values():
             if hand.greeted and not hand.lender.render_id:
                 self._count_idle(hand)
-        return self._usage
+        return self._books.usage.copied()
 
     async def _stop(self) -> None:
-        await self._when_ready()
         self._stopping = True
+        if not self._books.are_open:
+            return
         for one in list(self._open.values()):
             one.borrower.paused = True
             await one.render.stop(75)
-        for render_id in list(self._open):
-            await self._ended(render_id)
+        await asyncio.gather(*(self._ended(render_id) for render_id in self._open))
         self._pool.close()
-        await self._io(lambda: self._usage.put(self._store))
+        await self._books.close()
 
     def _known(self, render_id: str) -> str:
-        if check_render_id(render_id) not in self._book.states:
+        if check_render_id(render_id) not in self._books.states:
             remedy = "`longtake list` shows what there is."
             raise SettingError("the farm has no such render", field="ID", value=render_id, remedy=remedy)
         return render_id
 
     def _row(self, render_id: str) -> Row:
-        state, one = self._book.states[render_id], self._open.get(render_id)
+        state, one = self._books.states[render_id], self._open.get(render_id)
         submission = state.submission
         row = Row(
             render_id,
@@ -620,6 +645,8 @@ class Farm:
             state.message,
             state.exit_code,
         )
+        if one and one.ending:
+            row = replace(row, phase="running", message=f"is being {one.ending}: what it has is saved", exit_code=None)
         summary = one.render.summary() if one else None
         if summary is None:
             return row
@@ -644,50 +671,17 @@ class Farm:
 
     # Housekeeping
 
-    async def _when_ready(self) -> None:
-        while not hasattr(self, "_ready"):
-            await asyncio.sleep(0.05)
-        await self._ready.wait()
-
-    async def _write(self, render_id: str, entry: Entry) -> SubmissionState:
-        """Durable when it returns. Writes are made one after another: each waits in the loop's order.
-
-        A store that does not answer is waited for: a farm that ended would take the work of all its renders along.
-        """
-        async with self._lock():
-            while True:
-                try:
-                    return await self._io(lambda: self._book.add(render_id, entry))
-                except StoreError as error:
-                    log.warning("the books cannot be written, tried again: %s", error)
-                await asyncio.sleep(BOOKS_S)
-
-    def _lock(self) -> asyncio.Lock:
-        if not hasattr(self, "_writing"):
-            self._writing = asyncio.Lock()
-        return self._writing
-
-    async def _keep_books(self) -> None:
-        """Write down what was used, now and then: a farm that is killed forgets the last seconds."""
-        written: dict[str, Any] = {}
-        while True:
-            await asyncio.sleep(BOOKS_S)
-            now = {name: asdict(usage) for name, usage in self._usage.renders.items()}
-            if now != written:
-                with contextlib.suppress(LongtakeError):
-                    await self._io(lambda: self._usage.put(self._store))
-                    written = now
-
     async def _show(self) -> None:
         """Tell Prometheus how things stand."""
         while True:
-            self._metrics.show(self._book.states.values(), self._pool.lenders())
-            await asyncio.sleep(TURN_S)
+            progress = [summary for one in self._open.values() if (summary := one.render.summary())]
+            self._metrics.show(self._books.states.values(), self._pool.lenders(), progress)
+            await asyncio.sleep(LOOK_S)
 
     async def _keep_schedules(self) -> None:
         """Have what is due submitted. In a thread: planning a film takes a while."""
         place = open_store(schedules_place(self._settings.store_url))
-        schedules = FarmSchedules(place, FarmRunner(self._book, self.submit, self.change))
+        schedules = FarmSchedules(place, FarmRunner(self._books, self.submit, self.change))
         while not self._stopping:
             await asyncio.to_thread(schedules.turn, time.time())
             await asyncio.sleep(SCHEDULES_S)
@@ -712,6 +706,10 @@ def _on_own_clock(unix_s: float | None) -> float | None:
     keep workers from renders for as long.
     """
     return None if unix_s is None else unix_s - time.time() + time.monotonic()
+
+
+def _still_ending(render_id: str) -> SettingError:
+    return SettingError("is still ending", field="ID", value=render_id, remedy="Try again in a few seconds.")
 
 
 def give_new_budgets(store_url: str) -> None:

@@ -327,7 +327,12 @@ def _start_farm(store: str | None = None, device: str = "auto", **wishes: Any) -
     given = {name: value for name, value in wishes.items() if value is not None}
     ffmpeg = os.environ.get("LONGTAKE_FFMPEG")
     actor = farm_actor(FarmSettings(url, device, slots, ffmpeg=ffmpeg, **given))
-    return Ask(actor)(actor.hello.remote())
+    try:
+        return Ask(actor)(actor.hello.remote())
+    except LongtakeError:
+        # It never worked, and nobody may want it as it is: a wrong address, another farm's books.
+        ray.kill(actor, no_restart=True)
+        raise
 
 
 def books_url(store: str | None) -> str:

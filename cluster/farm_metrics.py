@@ -1,4 +1,4 @@
-"""What a farm tells Prometheus for all its renders together: the farm's part of `cluster.metrics.METRICS`."""
+"""What a farm tells Prometheus for all its renders together: METRICS, less what its price says better."""
 
 from __future__ import annotations
 
@@ -6,27 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import get_args
 
-from cluster.metrics import Instrument
+from cluster.metrics import METRICS, OF_A_RENDER_ALONE, Instrument
+from pipeline.events import ProgressSummary
 from pipeline.farm import Lender
 from pipeline.submissions import Phase, SubmissionState
 from pipeline.tasks import CommitRecord, TaskKind
-
-OF_A_FARM = (
-    "longtake_task_seconds",
-    "longtake_frames_total",
-    "longtake_retries_total",
-    "longtake_workers",
-    "longtake_renders",
-    "longtake_gpu_busy_fraction",
-    "longtake_cost_total",
-)
 
 
 class FarmMetrics:
     """One farm's. `make` builds an instrument for a name of METRICS."""
 
     def __init__(self, make: Callable[[str], Instrument]) -> None:
-        self._instruments = {name: make(name) for name in OF_A_FARM}
+        self._instruments = {name: make(name) for name in METRICS.keys() - OF_A_RENDER_ALONE}
 
     def count_task(self, stage: TaskKind, seconds: float, record: CommitRecord | None) -> None:
         """A task has ended; without a record it came to nothing."""
@@ -42,8 +33,17 @@ class FarmMetrics:
         if cost > 0:
             self._instruments["longtake_cost_total"].inc(cost, {})
 
-    def show(self, renders: Iterable[SubmissionState], workers: Iterable[Lender]) -> None:
-        """How things stand."""
+    def count_lost(self) -> None:
+        """A worker was lost."""
+        self._instruments["longtake_workers_lost_total"].inc(1, {})
+
+    def show(
+        self,
+        renders: Iterable[SubmissionState],
+        workers: Iterable[Lender],
+        progress: Iterable[ProgressSummary],
+    ) -> None:
+        """How things stand; `progress` of the renders that are open."""
         phases = Counter(state.phase for state in renders)
         for phase in get_args(Phase):
             self._instruments["longtake_renders"].set(phases[phase], {"phase": phase})
@@ -53,3 +53,13 @@ class FarmMetrics:
         for state, count in (("busy", busy[True]), ("idle", busy[False])):
             self._instruments["longtake_workers"].set(count, {"state": state})
         self._instruments["longtake_gpu_busy_fraction"].set(busy[True] / max(1, busy.total()), {})
+        waiting: Counter[str] = Counter()
+        running: Counter[str] = Counter()
+        for summary in progress:
+            for stage, phase in summary.phases.items():
+                waiting[stage] += phase.waiting
+                running[stage] += phase.running
+        for stage in get_args(TaskKind):
+            # Those of a render that has ended are set, too.
+            self._instruments["longtake_tasks_waiting"].set(waiting[stage], {"stage": stage})
+            self._instruments["longtake_tasks_running"].set(running[stage], {"stage": stage})

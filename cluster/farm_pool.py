@@ -23,7 +23,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from cluster.door import RAY_LOSSES, Door
-from cluster.drain import draining_nodes
+from cluster.drain import draining_nodes, is_spot
 from cluster.job import Failed, WorkerSettings
 from cluster.orchestrator import START_LIMIT_S, Member, start_pause_s, workers_part
 from cluster.placement import Placement
@@ -35,7 +35,6 @@ log = logging.getLogger("longtake.farm")
 LOOK_S = 2.0
 GANG = ""
 """The node of a gang that is not there yet: Ray has the choice."""
-MARKET_LABEL = "ray.io/market-type"
 
 
 @dataclass
@@ -107,8 +106,7 @@ class Pool:
             node_id = node["NodeID"]
             slots = int(node["Resources"].get(self._slots, 0) / (per_worker or 1)) if node["Alive"] else 0
             if slots:
-                spot = node.get("Labels", {}).get(MARKET_LABEL) == "spot"
-                found[node_id] = Node(slots, spot, node_id in draining, draining.get(node_id))
+                found[node_id] = Node(slots, is_spot(node), node_id in draining, draining.get(node_id))
         return found
 
     def _mark(self, before: Mapping[str, Node]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from cluster.farm_books import FarmBooks
 from cluster.farm_commands import Wishes, submission_of
 from cluster.preflight import check_before_rendering
 from cluster.render import RenderRequest, prepare, put_media
@@ -21,7 +22,7 @@ from pipeline.recurring import Run
 from pipeline.schedule_log import ScheduleLog, schedule_ids
 from pipeline.schedule_turn import RunOutcome, advance
 from pipeline.store import Store
-from pipeline.submissions import Phase, Submission, SubmissionBook
+from pipeline.submissions import Phase, Submission
 
 log = logging.getLogger("longtake.farm")
 TURN_S = 10.0
@@ -33,7 +34,7 @@ class FarmRunner:
 
     def __init__(
         self,
-        book: SubmissionBook,
+        book: FarmBooks,
         submit: Callable[[Submission], object],
         change: Callable[[str, Phase], object],
     ) -> None:

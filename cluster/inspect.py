@@ -50,8 +50,8 @@ def _check_folder(folder: Path) -> None:
         # Permissions do not tell it of every place: /proc grants them, and keeps no files.
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
-        remedy = "Name a folder that can be written to."
-        raise SettingError("cannot be written", field="--out", value=str(folder), remedy=remedy) from error
+        remedy = "Name a folder that can be written to: --out FOLDER."
+        raise SettingError("cannot be written", field="--out", value=str(folder.absolute()), remedy=remedy) from error
 
 
 def inspect_render(store: Store, state: LedgerState, ffmpeg: Ffmpeg) -> tuple[Inspection, CommitRecord]:

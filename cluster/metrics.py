@@ -50,6 +50,8 @@ METRICS: Mapping[str, Described] = {
 
 OF_A_RENDER = tuple(METRICS)[:8]
 """What a render without a farm tells."""
+OF_A_RENDER_ALONE = ("longtake_worker_seconds_total",)
+"""What a farm does not: it knows a price, and the dashboard adds this to its costs."""
 
 
 class Instrument(Protocol):
@@ -85,8 +87,7 @@ class Meters:
         """Where things stand now; what has passed since the last look is counted as if it had been so."""
         for stage, phase in summary.phases.items():
             labels = {"stage": str(stage)}
-            waiting = phase.total - phase.done - phase.running - phase.failed
-            self._of("longtake_tasks_waiting").set(max(0, waiting), labels)
+            self._of("longtake_tasks_waiting").set(phase.waiting, labels)
             self._of("longtake_tasks_running").set(phase.running, labels)
             new = phase.frames - self._frames.get(stage, 0)
             if new > 0:

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.crash import record_crash
 from cluster.door import RAY_LOSSES, Door
-from cluster.drain import draining_nodes
+from cluster.drain import draining_nodes, spot_nodes
 from cluster.film_page import PAGE, is_page_of, start_page
 from cluster.job import Failed, Greeting, News, Outcome, RenderJob
 from cluster.json_log import is_json_wanted, log_event
@@ -355,7 +355,10 @@ class Orchestrator:
         processes = {"process": first.pid, "gang": [[greeting.host, greeting.pid] for greeting in greetings[1:]]}
         self._story.tell("worker_joined", worker=member.worker_id, host=first.host, **processes)
         about, roles = (member.worker_id, member.door.node_id), self._job.placement.roles_of(member.door.size)
-        self._put(ev.WorkerJoined(time.monotonic(), *about, roles=roles, host=first.host))
+        spot = False
+        with contextlib.suppress(*RAY_LOSSES):
+            spot = not (await asyncio.to_thread(spot_nodes)).isdisjoint(member.door.node_ids)
+        self._put(ev.WorkerJoined(time.monotonic(), *about, roles=roles, host=first.host, spot=spot))
 
     def _pin(self, *members: Mapping[str, Any]) -> set[str]:
         """How a worker's processes differ from the record that the render is pinned to, if that is allowed."""

@@ -4,6 +4,7 @@ machine against a simulated clock (pipeline/forecast.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.progress import PHASES
-from pipeline.forecast import SIZES, Fleet, Forecast, forecast, smallest
+from pipeline.forecast import DRAWS, SIZES, Fleet, Forecast, forecast, smallest
 from pipeline.pace import NODE_S, Pace
 from pipeline.plan import Plan
 from pipeline.prices import load_prices
@@ -19,6 +20,10 @@ from pipeline.tasks import CommitRecord
 from pipeline.times import hms
 
 LOCAL_SIZES = (1, 2, 4, 8, 16)
+SPOT_LIFE_S = 6 * 3600.0
+"""Our own assumption: it differs by cloud, region, GPU and hour."""
+LEAST_SPOT_LIFE_S = 1200.0
+"""Machines that are there for less hardly do more than start."""
 NEARLY = 1.05
 """More GPUs that save less than this factor are not worth asking for."""
 
@@ -31,6 +36,16 @@ class Cluster:
     gpu_type: str
     deadline_s: float | None = None
     prices: Path | None = None
+    stable_gpus: int | None = None
+    """Of the GPUs, those on nodes that are not taken away; None: all."""
+    spot_life_s: float = SPOT_LIFE_S
+    """After which a spot node is taken away, on average."""
+    gpus_per_node: int = 8
+
+    def fleet(self, size: int) -> Fleet:
+        """A cluster of this kind with so many GPUs, of which nothing is there yet."""
+        life_s = math.inf if self.stable_gpus is None else self.spot_life_s
+        return Fleet(size, self.gpus_per_node, NODE_S, has_weights=False, stable=self.stable_gpus, life_s=life_s)
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ class Outlook:
     cluster: Cluster | None = None
     price_per_hour: float | None = None
     """Of one GPU in dollars; None where no price is known."""
+    spot_price_per_hour: float | None = None
+    """Of one on a spot node; None where no price is known: then it counts like the others."""
     fewest: int | None = None
     """The fewest GPUs that are done by the deadline (None: no number is) or, without one, hardly later than any."""
 
@@ -53,6 +70,9 @@ class Outlook:
             "basis": self.basis,
             "gpu_type": self.cluster.gpu_type if self.cluster else None,
             "price_per_gpu_hour": self.price_per_hour,
+            "price_per_spot_gpu_hour": self.spot_price_per_hour,
+            "stable_gpus": self.cluster.stable_gpus if self.cluster else None,
+            "spot_life_s": self.cluster.spot_life_s if self.cluster and self._has_spot else None,
             "chosen": self.chosen,
             "deadline_s": self.cluster.deadline_s if self.cluster else None,
             "fewest": self.fewest,
@@ -65,7 +85,9 @@ class Outlook:
             "seconds": one.makespan_s,
             "ready_s": one.ready_s,
             "finish_s": one.finish_s,
-            "cost": None if self.price_per_hour is None else one.cost(self.price_per_hour),
+            "cost": self._cost(one),
+            "nodes_lost": one.nodes_lost,
+            "slowest_s": one.slowest_s,
             "busy": one.busy,
             "workers_used": one.workers_used,
             "limit": one.limit(),
@@ -81,19 +103,40 @@ class Outlook:
         price = "no price is known, name one with --prices"
         if self.price_per_hour is not None:
             price = f"${self.price_per_hour:.2f} a GPU and hour"
-        lines = [f"{self.chosen} x {self.cluster.gpu_type} ({self.basis}; {price})"]
+        lines = [f"{self.chosen} x {self.cluster.gpu_type} ({self.basis}; {price})", *self._spot_lines()]
         lines += _phase_lines(self.forecasts[self.chosen])
         lines += self._size_lines()
         return lines + self._deadline_lines()
 
+    @property
+    def _has_spot(self) -> bool:
+        return self.cluster is not None and self.cluster.stable_gpus is not None
+
+    def _cost(self, one: Forecast) -> float | None:
+        return None if self.price_per_hour is None else one.cost(self.price_per_hour, self.spot_price_per_hour)
+
     def _money(self, one: Forecast) -> str:
-        return "-" if self.price_per_hour is None else f"${one.cost(self.price_per_hour):,.2f}"
+        cost = self._cost(one)
+        return "-" if cost is None else f"${cost:,.2f}"
+
+    def _spot_lines(self) -> list[str]:
+        if self.cluster is None or not self._has_spot:
+            return []
+        fleet, spot_type = self.forecasts[self.chosen].fleet, f"{self.cluster.gpu_type}-spot"
+        price = f"no price is known, name `{spot_type}` with --prices; counted like the others"
+        if self.spot_price_per_hour is not None:
+            price = f"${self.spot_price_per_hour:.2f} a GPU and hour"
+        life = f"each node taken away after {hms(self.cluster.spot_life_s)} on average"
+        drawn = f"times are the middle and the longest of {DRAWS} courses"
+        return [f"{fleet.spot} of them spot, {self.cluster.gpus_per_node} a node ({price}; {life}; {drawn})"]
 
     def _size_lines(self) -> list[str]:
-        rows = [["GPUs", "time", "cost", "busy", "used", "limited by"]]
+        spot = ["at most", "nodes lost"] if self._has_spot else []
+        rows = [["GPUs", "time", *spot, "cost", "busy", "used", "limited by"]]
         for size, one in self.forecasts.items():
-            busy = f"{100 * one.busy:.0f} %"
-            rows.append([str(size), hms(one.makespan_s), self._money(one), busy, str(one.workers_used), one.limit()])
+            spot = [hms(one.slowest_s), f"{one.nodes_lost:.1f}"] if self._has_spot else []
+            told = [self._money(one), f"{100 * one.busy:.0f} %", str(one.workers_used), one.limit()]
+            rows.append([str(size), hms(one.makespan_s), *spot, *told])
         return _table(rows)
 
     def _deadline_lines(self) -> list[str]:
@@ -104,10 +147,10 @@ class Outlook:
             return [f"more than {self.fewest} GPUs hardly help: {hms(one.makespan_s)}, {self._money(one)}"]
         wish = f"done by the deadline, {hms(self.cluster.deadline_s)}"
         if self.fewest is None:
-            best = min(self.forecasts.values(), key=lambda one: one.makespan_s)
-            return [f"{wish}: no number of GPUs is; at best {hms(best.makespan_s)} with {best.fleet.workers}"]
+            best = min(self.forecasts.values(), key=lambda one: one.slowest_s)
+            return [f"{wish}: no number of GPUs is; at best {hms(best.slowest_s)} with {best.fleet.workers}"]
         one = self.forecasts[self.fewest]
-        return [f"{wish}: {self.fewest} GPUs, {hms(one.makespan_s)}, {self._money(one)}"]
+        return [f"{wish}: {self.fewest} GPUs, {hms(one.slowest_s)}, {self._money(one)}"]
 
 
 def look_ahead(plan: Plan, commits: Mapping[str, CommitRecord], pace: Pace, cluster: Cluster | None = None) -> Outlook:
@@ -115,7 +158,7 @@ def look_ahead(plan: Plan, commits: Mapping[str, CommitRecord], pace: Pace, clus
 
     @cache
     def on(size: int) -> Forecast:
-        fleet = Fleet(size) if cluster is None else Fleet(size, node_s=NODE_S, has_weights=False)
+        fleet = Fleet(size) if cluster is None else cluster.fleet(size)
         return forecast(plan.tasks, commits, pace, fleet, plan.film_frames)
 
     if cluster is None:
@@ -123,12 +166,13 @@ def look_ahead(plan: Plan, commits: Mapping[str, CommitRecord], pace: Pace, clus
     prices = load_prices(cluster.prices)
     sizes = useful_sizes(plan)
     most = max(*sizes, cluster.gpus or 1)
-    limit_s = NEARLY * on(most).makespan_s if cluster.deadline_s is None else cluster.deadline_s
-    fewest = smallest(lambda size: on(size).makespan_s, limit_s, most)
+    # All courses are to be in time.
+    limit_s = NEARLY * on(most).slowest_s if cluster.deadline_s is None else cluster.deadline_s
+    fewest = smallest(lambda size: on(size).slowest_s, limit_s, most)
     chosen = cluster.gpus or fewest or most
     shown = sorted({*sizes, chosen, fewest or most})
-    price = prices.get(cluster.gpu_type)
-    return Outlook(pace.basis, {size: on(size) for size in shown}, chosen, cluster, price, fewest)
+    price, spot_price = prices.get(cluster.gpu_type), prices.get(f"{cluster.gpu_type}-spot")
+    return Outlook(pace.basis, {size: on(size) for size in shown}, chosen, cluster, price, spot_price, fewest)
 
 
 def useful_sizes(plan: Plan) -> Sequence[int]:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from pipeline.facts import CheckpointFacts, Facts, MediaFacts, load_render_facts
 from pipeline.media_child import Ffmpeg, find_ffmpeg
 from pipeline.media_film import check_soundtrack, read_recipe
 from pipeline.media_read import probe
-from pipeline.memory import NetworkSizes
-from pipeline.spec import Storyboard, load_spec, parse_spec
+from pipeline.memory import LEAST, NetworkSizes, RoleMemory, needs, too_small
+from pipeline.spec import Memory, Storyboard, load_spec, parse_spec
 from pipeline.store import hash_stream
+from pipeline.tasks import Task
 
 OFFICIAL = "meituan-longcat/LongCat-Video"
 UNKNOWN_DIGEST = "0" * 64
@@ -128,6 +130,18 @@ def network_sizes(folder: str) -> NetworkSizes:
     except (CheckpointError, OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         message = f"its networks have no readable sizes: {error}"
         raise CheckpointFault(message, field="checkpoint", value=folder) from error
+
+
+def role_memory(
+    tasks: Collection[Task], checkpoint: CheckpointFacts, memory: Memory, card_gb: float | None
+) -> tuple[tuple[RoleMemory, ...], list[str]]:
+    """What each role of a plan's tasks needs, and what to say of cards of `card_gb` on which that is too much."""
+    sizes = network_sizes(checkpoint.path)
+    found = needs(tasks, sizes, checkpoint.render, memory)
+    if card_gb is None:
+        return found, []
+    least = {role.role: role for role in needs(tasks, sizes, checkpoint.render, LEAST)}
+    return found, too_small(found, least, round(card_gb * 1e9))
 
 
 def _count_numbers(part: Path) -> int:

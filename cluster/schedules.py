@@ -18,7 +18,7 @@ import yaml
 from cluster.probe import with_home
 from cluster.render import STOP_CODES, RenderRequest, render
 from pipeline.cron import parse_cron
-from pipeline.errors import Interrupted, LongtakeError, SettingError
+from pipeline.errors import Interrupted, LongtakeError, LostError, SettingError, TransientError
 from pipeline.recurring import (
     Added,
     Definition,
@@ -36,6 +36,9 @@ from pipeline.schedule_log import ScheduleLog, schedule_ids
 from pipeline.schedule_turn import Runner, RunOutcome, advance
 from pipeline.spec import Storyboard, load_template
 from pipeline.store import Store, open_store
+
+AGAIN = 75
+"""Exit code of what goes on when the same command is run again."""
 
 
 class HereRunner:
@@ -152,23 +155,35 @@ def run_now(place: str, name: str, runner: Runner | None) -> int:
 
 
 def tick(place: str, name: str | None, runner: Runner) -> int:
-    """What is due now, of one schedule or of all. Exit code of the first that failed."""
+    """What is due now, of one schedule or of all. Exit code of the first that failed; AGAIN if that was an error which
+    may pass: then the run stays open, and the next tick goes on with it.
+    """
     store, failed = open_store(place), 0
     for schedule_id in [name] if name is not None else schedule_ids(store):
-        log = _known(store, schedule_id)
-        before = log.state
         try:
-            advance(log, time.time(), runner)
-        except LongtakeError as error:
-            if isinstance(error, Interrupted):
-                raise
+            code = _tick_one(store, schedule_id, runner)
+        except (TransientError, LostError) as error:
             print(f"{schedule_id}: {error}")
-            failed = failed or error.exit_code
-        for run in log.state.runs.values():
-            if before.runs.get(run.number) != run:
-                _say_other_name(run)
-                print(f"{run.id}: {_standing(run)}")
-                failed = failed or (run.ended.exit_code if run.ended else 0)
+            code = AGAIN
+        failed = failed or code
+    return failed
+
+
+def _tick_one(store: Store, schedule_id: str, runner: Runner) -> int:
+    log = _known(store, schedule_id)
+    before, failed = log.state, 0
+    try:
+        advance(log, time.time(), runner)
+    except (Interrupted, TransientError, LostError):
+        raise
+    except LongtakeError as error:
+        print(f"{schedule_id}: {error}")
+        failed = error.exit_code
+    for run in log.state.runs.values():
+        if before.runs.get(run.number) != run:
+            _say_other_name(run)
+            print(f"{run.id}: {_standing(run)}")
+            failed = failed or (run.ended.exit_code if run.ended else 0)
     return failed
 
 

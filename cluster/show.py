@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.outlook import Cluster, look_ahead
 from cluster.places import open_ledger, open_render
-from cluster.probe import UNKNOWN_DIGEST, network_sizes
+from cluster.probe import UNKNOWN_DIGEST, role_memory
 from cluster.progress import PHASES, format_seconds
 from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import Prepared, RenderRequest, prepare
@@ -22,7 +22,6 @@ from pipeline.changes import reasons
 from pipeline.errors import LongtakeError, SettingError, UserError
 from pipeline.lease import lives, this_process
 from pipeline.ledger import LedgerState, Verification
-from pipeline.memory import LEAST, RoleMemory, needs, too_small
 from pipeline.plan import Plan
 from pipeline.redo import describe_redo
 from pipeline.store import Store
@@ -40,7 +39,8 @@ def print_plan(request: RenderRequest, cluster: Cluster | None = None, card_gb: 
     plan, left = prepared.plan, prepared.left
     done = _done(plan, prepared.state)
     why = reasons(plan.tasks, prepared.state, *_rendered_before(prepared))
-    memory, warnings = _memory(prepared, card_gb)
+    checkpoint = prepared.recipe.facts.checkpoint
+    memory, warnings = role_memory(plan.tasks.values(), checkpoint, prepared.recipe.spec.memory, card_gb)
     needed_bytes, free_bytes = plan.estimate.needed_bytes(left), prepared.store.free_bytes()
     if request.as_json:
         redo = None if prepared.redo is None else asdict(prepared.redo)
@@ -50,7 +50,7 @@ def print_plan(request: RenderRequest, cluster: Cluster | None = None, card_gb: 
         print(json.dumps({**plan.to_json(), "store": prepared.store.url, **extra, "outlook": outlook.to_json()}))
         return 0
     print(plan.describe())
-    if prepared.recipe.facts.checkpoint.digest == UNKNOWN_DIGEST:
+    if checkpoint.digest == UNKNOWN_DIGEST:
         print(f"warning: {prepared.recipe.spec.checkpoint} is not here: its numbers are known, the task ids are not")
     if prepared.redo is not None and prepared.before_redo is not None:
         print("\n".join(describe_redo(prepared.redo, prepared.before_redo, plan)))
@@ -66,17 +66,6 @@ def print_plan(request: RenderRequest, cluster: Cluster | None = None, card_gb: 
         free = "" if free_bytes is None else f", {format_bytes(free_bytes)} are free"
         print(f"space: {format_bytes(needed_bytes)} are needed{free} in {prepared.store.url}")
     return 0
-
-
-def _memory(prepared: Prepared, card_gb: float | None) -> tuple[tuple[RoleMemory, ...], list[str]]:
-    """What each role of the plan needs, and what to say of cards on which that is too much."""
-    checkpoint, memory = prepared.recipe.facts.checkpoint, prepared.recipe.spec.memory
-    sizes, tasks = network_sizes(checkpoint.path), prepared.plan.tasks.values()
-    found = needs(tasks, sizes, checkpoint.render, memory)
-    if card_gb is None:
-        return found, []
-    least = {role.role: role for role in needs(tasks, sizes, checkpoint.render, LEAST)}
-    return found, too_small(found, least, round(card_gb * 1e9))
 
 
 def _rendered_before(prepared: Prepared) -> tuple[Mapping[str, Task] | None, int]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from pipeline.tasks import Order, Role
 
-SAVE_S = 15.0
-"""How long before a draining node's deadline its orders are asked to save and stop."""
+SAVE_S = 20.0
+"""How long before a draining node's deadline its orders are asked to save and stop: a denoising step at full size takes
+up to 13 s, and what it saves has to reach the store. Spot machines give 25 to 30 s in all.
+"""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Worker:
     roles: tuple[Role, ...]
     role: Role | None
     host: str = ""
+    spot: bool = False
+    """On a machine that may be taken away."""
     loading_since_s: float | None = None
     task_id: str | None = None
     """Running, or produced and waiting for its commit."""
@@ -42,6 +46,11 @@ class Worker:
     """By a farm, for one task."""
     used: bool = False
     """It has had that task."""
+
+    @property
+    def steady(self) -> bool:
+        """Whether it can do a chain where nobody takes the machine away."""
+        return not self.spot and "chain" in self.roles
 
     @property
     def free(self) -> bool:
@@ -103,10 +112,11 @@ class Crew:
         return {node for node, until_s in self._draining.items() if until_s is not None and clock_s >= until_s - SAVE_S}
 
     def usable(self) -> Sequence[Worker]:
-        """Workers on nodes that stay, those who can do least first, so that they do not find it taken.
+        """Workers on nodes that stay, those who can do least first, so that they do not find it taken, and of equals
+        those on stable machines.
 
         Nodes that failed again and again are left out as long as there are others.
         """
         there = [worker for worker in self.workers.values() if worker.node_id not in self._draining]
         trusted = [worker for worker in there if self._failures[worker.node_id] < self._patience]
-        return sorted(trusted or there, key=lambda worker: len(worker.roles))
+        return sorted(trusted or there, key=lambda worker: (len(worker.roles), worker.spot))

@@ -60,7 +60,9 @@ def fault_of(error: BaseException, log_tail: str = "") -> Fault:
 
 @dataclass(frozen=True)
 class WorkerJoined:
-    """A worker is there and idle. `role` if it comes with one loaded; `roles` are those it can take."""
+    """A worker is there and idle. `role` if it comes with one loaded; `roles` are those it can take. `spot`: on a
+    machine that may be taken away.
+    """
 
     now_s: float
     worker_id: str
@@ -68,6 +70,7 @@ class WorkerJoined:
     role: Role | None = None
     roles: tuple[Role, ...] = ALL_ROLES
     host: str = ""
+    spot: bool = False
 
 
 @dataclass(frozen=True)
@@ -347,6 +350,11 @@ class PhaseProgress:
     work_done_s: float = 0.0
     seconds_spent: float = 0.0
     """Measured seconds of the tasks done (this run's and those found committed)."""
+
+    @property
+    def waiting(self) -> int:
+        """How many are neither done nor running, and may still be."""
+        return max(0, self.total - self.done - self.running - self.failed)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,15 @@ class LeaseHolder:
     released: bool
 
 
+class LeaseHeld(SettingError):
+    """Whoever took the lease last still lives."""
+
+
+def place_of(holder: LeaseHolder) -> str:
+    """Where it is, in words."""
+    return f"process {holder.owner.pid} on {holder.owner.host.split('/')[0]}"
+
+
 def this_process() -> Owner:
     """The owner that this process is."""
     boot = _text(PROC / "sys/kernel/random/boot_id")[:8]
@@ -102,14 +111,13 @@ def lives(holder: LeaseHolder, me: Owner) -> bool | None:
 def refuse_if_live(
     store: Store, holder: LeaseHolder, me: Owner, *, watch_s: float, sleep: Callable[[float], None]
 ) -> None:
-    """Raise SettingError if the holder still lives; watches its heartbeat if it is on another host."""
+    """Raise LeaseHeld if the holder still lives; watches its heartbeat if it is on another host."""
     live = lives(holder, me)
     if live is None:
         live = _beats(store, holder.epoch, watch_s, sleep)
     if live:
-        where = f"process {holder.owner.pid} on {holder.owner.host.split('/')[0]}"
-        raise SettingError(
-            f"another render is writing here ({where})",
+        raise LeaseHeld(
+            f"another render is writing here ({place_of(holder)})",
             field="--store",
             value=store.url,
             remedy="Wait for it, follow it with `longtake status`, or stop it.",

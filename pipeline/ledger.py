@@ -264,7 +264,7 @@ class Ledger:
         if not self.epoch:
             raise LeaseLost("no lease is held")
         if self._patiently(lambda: self.store.head(lease_path(self.epoch + 1))) is not None:
-            raise LeaseLost(f"epoch {self.epoch} is over: another orchestrator has taken over this render")
+            raise LeaseLost(f"epoch {self.epoch} is over: another orchestrator has taken over")
 
     # The journal
 

@@ -73,7 +73,7 @@ from pipeline.ledger import LedgerState, dependants_of
 from pipeline.limits import Budgets, Timeouts, given_up
 from pipeline.records import artifact_sha256
 from pipeline.requests import STOP_CODES, Request, entries_for
-from pipeline.schedule import ROLES_FOR_KIND, Demand, Staff, choose_role, kinds_of, must_leave_for_chain
+from pipeline.schedule import ROLES_FOR_KIND, Demand, Staff, chain_peers, choose_role, kinds_of, must_leave_for_chain
 from pipeline.summary import Tally, activity, expected_rest_s, phase_progress
 from pipeline.tasks import ArtifactFile, CommitRecord, Order, Role, Task, TaskKind
 
@@ -258,7 +258,7 @@ class Machine:
 
     def _on_joined(self, event: WorkerJoined) -> None:
         roles = tuple(role for role in ALL_ROLES if role in event.roles)
-        self._crew.join(Worker(event.worker_id, event.node_id, roles, event.role, event.host))
+        self._crew.join(Worker(event.worker_id, event.node_id, roles, event.role, event.host, event.spot))
 
     def _on_lent(self, event: WorkerLent) -> None:
         worker = Worker(event.worker_id, event.node_id, (event.role,), event.role, event.host, lent=True)
@@ -578,16 +578,22 @@ class Machine:
         self._demand = None
         # Counted once: on a large cluster most workers are free at the end, and each looks at all the others.
         staff = Counter(worker.role for worker in usable)
+        stable = Counter(worker.role for worker in usable if worker.steady)
         for worker in usable:
             if worker.free:
-                staff[worker.role] -= 1
-                self._employ(worker, staff, usable)
-                staff[worker.role] += 1
+                counts = (staff, stable) if worker.steady else (staff,)
+                for count in counts:
+                    count[worker.role] -= 1
+                self._employ(worker, staff, stable, usable)
+                for count in counts:
+                    count[worker.role] += 1
 
-    def _employ(self, worker: Worker, roles: Staff, usable: Sequence[Worker]) -> None:
+    def _employ(self, worker: Worker, roles: Staff, stable: Staff, usable: Sequence[Worker]) -> None:
         if worker.used:
             return
-        if must_leave_for_chain(worker.role, worker.roles, roles, self._graph.ready("segment")):
+        if must_leave_for_chain(
+            worker.role, worker.roles, chain_peers(roles, stable, spot=worker.spot), self._graph.ready("segment")
+        ):
             self._assign(worker, "chain")
             return
         for kind in kinds_of(worker.role, roles) if worker.role else ():
@@ -597,7 +603,8 @@ class Machine:
                 return
         if worker.lent:
             return
-        role = choose_role(worker.role, worker.roles, roles, self._current_demand())
+        seen = chain_peers(roles, stable, spot=worker.spot, moving=True)
+        role = choose_role(worker.role, worker.roles, seen, self._current_demand())
         if role is not None and role != worker.role:
             self._assign(worker, role)
 

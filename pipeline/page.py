@@ -17,12 +17,12 @@ from pipeline.drift import END_SHARE, Drift, curve
 from pipeline.inspection import Inspection, TaskTiming
 from pipeline.measure import DRIFT_MEASURES, Floats
 from pipeline.plots import Bar, Mark, bar_chart, clock, curve_plot, seam_map
-from pipeline.report import contact_sheet
+from pipeline.report import jpeg
 from pipeline.seams import VISIBLE_Z, SeamScore
 from pipeline.times import timecode
 
 MOST_ROWS = 200
-"""Rows of a table before the rest is only counted; all of them are in inspection.json."""
+"""Rows of a table before the rest is only counted; `longtake inspect` writes all of them into inspection.json."""
 
 _LEAST_SPANS = {
     "saturation": 0.05,
@@ -33,25 +33,37 @@ _LEAST_SPANS = {
 _LEAST_SPAN_LAB = 4.0
 
 _STYLE = """
-:root{color-scheme:light;--ink:#1c1c22;--faint:#6d6d78;--rule:#dedee4;--curve:#3458a8;--good:#2a7d46;
---warn:#b06a00;--bad:#b3261e}
-*{box-sizing:border-box}body{margin:0;font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
+:root{color-scheme:light dark;--paper:#ffffff;--ink:#1c1c22;--faint:#6d6d78;--rule:#dedee4;--curve:#3458a8;
+--window:#7a4ea8;--good:#2a7d46;--warn:#a56200;--bad:#b3261e}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#17171b;--ink:#e8e8ec;--faint:#a2a2ae;--rule:#3c3c46;
+--curve:#86a8f0;--window:#b592e0;--good:#63c285;--warn:#e0a040;--bad:#f2857c}}
+*{box-sizing:border-box}body{margin:0;font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+overflow-wrap:anywhere}
 main{max-width:1180px;margin:0 auto;padding:24px 28px 60px}h1{font-size:26px;margin:0 0 2px}
 h2{font-size:18px;margin:36px 0 10px;border-bottom:1px solid var(--rule);padding-bottom:4px}
-h3{font-size:13px;margin:0;font-weight:600}p{margin:4px 0 10px;max-width:78ch}.faint{color:var(--faint)}
+h3{font-size:13px;margin:16px 0 4px;font-weight:600}p{margin:4px 0 10px;max-width:78ch}.faint{color:var(--faint)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin-top:16px}
 .card{border:1px solid var(--rule);border-radius:8px;padding:10px 14px}.card b{display:block;font-size:22px}
-.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:14px 22px}
-img,svg{display:block;width:100%;height:auto}svg text{font-size:10px;fill:var(--faint)}
-.right{text-anchor:end}.axis{stroke:var(--rule)}.curve{fill:none;stroke:var(--curve);stroke-width:1.4}
+.plots,.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(320px,100%),1fr));gap:14px 22px}
+.sheet{grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:8px}figure{margin:0}
+figcaption{display:flex;justify-content:space-between;gap:8px;font-size:12px}figcaption span{white-space:nowrap}
+figure h3{margin:0}
+img,svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:var(--faint)}
+.right{text-anchor:end}.middle{text-anchor:middle}.axis{stroke:var(--faint)}
+.curve{fill:none;stroke:var(--curve);stroke-width:1.4}
 .level{stroke:var(--bad);stroke-width:2}.limit{stroke:var(--bad);stroke-dasharray:5 4}
 .stem{stroke:currentColor;stroke-width:1.5}circle{fill:currentColor}
 .good{color:var(--good)}.warn{color:var(--warn)}.bad{color:var(--bad)}.cut{color:var(--faint)}
-rect.text,rect.source{fill:#9a9aa6}rect.segment{fill:#3458a8}rect.window{fill:#7a4ea8}
-rect.encode{fill:#2a7d46}rect.film{fill:#1c1c22}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+rect.text,rect.source{fill:var(--faint)}rect.segment{fill:var(--curve)}rect.window{fill:var(--window)}
+rect.encode{fill:var(--good)}rect.film{fill:var(--ink)}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{text-align:right;padding:3px 10px;border-bottom:1px solid var(--rule)}
-th{font-weight:600;color:var(--faint)}td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}
+th{font-weight:600;color:var(--faint)}td:first-child,th:first-child{text-align:left}
+td:not(:first-child){white-space:nowrap}
+.wide{overflow-x:auto}.wide svg{min-width:960px}
+@media print{main{padding:0 1px}.wide{overflow:visible}.wide svg{min-width:0}th,td{font-size:9px;padding:2px 4px;
+white-space:normal!important}
+h2,h3{break-after:avoid}figure,svg,tr,.card{break-inside:avoid}}
 """
 
 
@@ -60,7 +72,7 @@ def render_page(inspection: Inspection) -> str:
     title = inspection.known.title or inspection.film
     sections = [
         _head(inspection, title),
-        _contact_sheet(inspection, title),
+        _contact_sheet(inspection),
         _drift(inspection),
         _seams(inspection),
         _faults(inspection),
@@ -87,9 +99,10 @@ def _head(inspection: Inspection, title: str) -> str:
     joins = len(_unplanned(inspection))
     lasting = max(inspection.drift, key=lambda name: _relative(name, inspection.drift[name]))
     known = len(_seams_proper(inspection))
+    planned = bool(inspection.known.shots)
     cards = [
         _card("seams that stand out", f"{visible} of {known}" if known else "none known", visible > 0),
-        _card("hard joins nobody planned", str(joins), joins > 0),
+        _card("hard joins nobody planned" if planned else "hard joins found", str(joins), planned and joins > 0),
         _card("faults", str(len(inspection.faults)), bool(inspection.faults)),
         _card("flicker", f"{inspection.flicker:.3f} L*", False),
         _card(f"largest drift: {_words(lasting)}", _with_unit(lasting, inspection.drift[lasting].change), False),
@@ -114,9 +127,14 @@ def _card(words: str, value: str, is_bad: bool) -> str:
     return f'<div class="card"><b{style}>{escape(value)}</b><span class="faint">{escape(words)}</span></div>'
 
 
-def _contact_sheet(inspection: Inspection, title: str) -> str:
-    data = base64.b64encode(contact_sheet(title, list(inspection.tiles))).decode()
-    return f'<h2>Contact sheet</h2><img alt="Pictures from the whole film" src="data:image/jpeg;base64,{data}">'
+def _contact_sheet(inspection: Inspection) -> str:
+    pictures = []
+    for tile in inspection.tiles:
+        data, time, shot = base64.b64encode(jpeg(tile.frame)).decode(), timecode(tile.time_s), escape(tile.shot_id)
+        alt = f"Frame at {time}" + (f" of shot {shot}" if shot else "")
+        caption = f"<figcaption>{shot} <span class=faint>{time}</span></figcaption>"
+        pictures.append(f'<figure><img alt="{alt}" src="data:image/jpeg;base64,{data}">{caption}</figure>')
+    return f'<h2>Contact sheet</h2><div class="sheet">{"".join(pictures)}</div>'
 
 
 # ------------------------------------------------------------------------------------------------- drift
@@ -147,9 +165,9 @@ def _drift(inspection: Inspection) -> str:
         ends = [(0.0, END_SHARE * last_s, drift.first), ((1 - END_SHARE) * last_s, last_s, drift.last)]
         caption = f"{_words(name)} <span class=faint>{escape(DRIFT_MEASURES[name])}, drift {drift.change:.3g}, "
         caption += f"{drift.slope_per_minute:+.3g} a minute</span>"
-        plots.append(
-            f"<figure style=margin:0><h3>{caption}</h3>{curve_plot(times_s, values, ends, _least_span(name))}</figure>"
-        )
+        words, unit = f"{_words(name)} over the film", DRIFT_MEASURES[name]
+        plot = curve_plot(times_s, values, ends, _least_span(name), words=words, unit=unit)
+        plots.append(f"<figure><h3>{caption}</h3>{plot}</figure>")
     explained = (
         "Each measure over the film. The red lines are its means over the first and the last 15 %; drift is the "
         "difference between them."
@@ -193,10 +211,13 @@ def _seams(inspection: Inspection) -> str:
     ]
     explained = (
         "How much the change to each frame stands out against the second around it (robust z-score, the largest "
-        f"of six measures). Marks are seams; the dashed line is z = {VISIBLE_Z:g}. Cuts between shots are grey."
+        f"of six measures). Marks are seams: green ones are unseen, amber ones faint, red ones visible; cuts between "
+        "shots are grey; crossfades are meant to stand out and have none. "
+        f"The dashed line is z = {VISIBLE_Z:g}. Rank is the share of the film's other frames that stand out less."
     )
     times_s = np.interp(np.linspace(0, len(table["time_s"]) - 1, len(score)), *_indexed(table["time_s"]))
     drawn = seam_map(times_s, score, marks, VISIBLE_Z)
+    drawn = f'<div class="wide">{drawn}</div>'
     return f"<h2>Seam map</h2><p>{explained}</p>{drawn}{_seam_table(inspection)}{_join_table(inspection)}"
 
 
@@ -214,6 +235,7 @@ def _seam_table(inspection: Inspection) -> str:
     if not inspection.seams:
         return "<p class=faint>No seams are known of this film.</p>"
     names = list(inspection.seams[0].z)
+    shown = sorted(inspection.seams, key=lambda seam: (seam.kind == "cut", -seam.score))[:MOST_ROWS]
     rows = [
         [
             timecode(seam.time_s),
@@ -224,10 +246,11 @@ def _seam_table(inspection: Inspection) -> str:
             f"{seam.rank:.0%}",
             *(f"{seam.z[name]:.1f}" for name in names),
         ]
-        for seam in inspection.seams
+        for seam in sorted(shown, key=lambda seam: seam.frame)
     ]
     heads = ["time", "frame", "kind", "verdict", "z", "rank", *map(_words, names)]
-    return "<h3>Known seams</h3>" + _table(heads, rows)
+    left_out = len(inspection.seams) - len(shown)
+    return f"<h3>Known seams</h3>{_table(heads, rows)}{_left_out(left_out, ' that stand out less')}"
 
 
 def _join_table(inspection: Inspection) -> str:
@@ -256,7 +279,7 @@ def _timings(timings: Sequence[TaskTiming]) -> str:
     first_s = min(timing.finished_at_s - timing.seconds for timing in timings)
     bars = [
         Bar(
-            f"{timing.host} {timing.kind}",
+            f"{timing.kind} {timing.host}",
             timing.finished_at_s - timing.seconds - first_s,
             timing.finished_at_s - first_s,
             timing.kind,
@@ -269,7 +292,7 @@ def _timings(timings: Sequence[TaskTiming]) -> str:
         for timing in sorted(timings, key=lambda timing: timing.finished_at_s)
     ]
     return (
-        f"<h2>Timings</h2>{bar_chart(bars)}{_kind_table(timings)}"
+        f'<h2>Timings</h2><div class="wide">{bar_chart(bars)}</div>{_kind_table(timings)}'
         f"<h3>Each task</h3>{_table(['task', 'kind', 'host', 'time'], rows)}"
     )
 
@@ -284,8 +307,13 @@ def _kind_table(timings: Iterable[TaskTiming]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows[:MOST_ROWS])
-    rest = len(rows) - MOST_ROWS
-    more = f"<p class=faint>and {rest} more in inspection.json</p>" if rest > 0 else ""
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}'
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return table + _left_out(len(rows) - MOST_ROWS)
+
+
+def _left_out(count: int, which: str = "") -> str:
+    if count <= 0:
+        return ""
+    return f"<p class=faint>and {count} more{which}; `longtake inspect` writes all into inspection.json</p>"

@@ -1,7 +1,7 @@
 """What a GPU costs for an hour. A small table of public list prices, and the user's own in its place.
 
 The list is an example of one provider's on-demand prices, not an offer and not a market survey: `longtake plan
---prices` takes a YAML file of the same form with the prices that really hold.
+--prices` takes a YAML file of the same form with the prices that really hold, those of spot machines as `h200-spot`.
 """
 
 from __future__ import annotations

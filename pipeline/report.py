@@ -80,7 +80,7 @@ def contact_sheet(title: str, tiles: Sequence[Tile]) -> bytes:
         y = head_px + index // columns * row_px
         sheet.paste(Image.fromarray(picture), (x, y))
         _label(pen, x, y + len(picture) + 3, tile)
-    return _jpeg(sheet)
+    return jpeg(np.asarray(sheet))
 
 
 def _label(pen: ImageDraw.ImageDraw, x: int, y: int, tile: Tile) -> None:
@@ -112,9 +112,10 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size_px)
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def jpeg(picture: Frames) -> bytes:
+    """A picture uint8 [h,w,3] as a JPEG."""
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
+    Image.fromarray(picture).save(file, "JPEG", quality=88)
     return file.getvalue()
 
 

@@ -2,7 +2,8 @@
 
 The chain is the critical path, so each chain that can move gets a worker before refinement gets any; text
 embeddings come before both, because everything waits for them. A worker leaves its role only when nothing is
-left there for it: one worker goes through text, the whole chain and one change of role.
+left there for it: one worker goes through text, the whole chain and one change of role. Chains go to machines that
+stay, where there are such: what a spot machine takes along is then no part of the critical path.
 """
 
 from __future__ import annotations
@@ -54,6 +55,22 @@ def kinds_of(role: Role, peers: Staff) -> tuple[TaskKind, ...]:
             return ("source", "encode", "window", "film")
         case "media":
             return ("source", "encode", "film")
+
+
+def chain_peers(peers: Staff, stable: Staff, *, spot: bool, moving: bool = False) -> Staff:
+    """The peers as a worker sees them that asks whether a chain needs it. `stable`: those that can do the chain and are
+    on machines which stay.
+
+    On a spot machine it leaves the chain to them, busy or not: they come to it after their task. But not to those that
+    make texts: loading the chain after them would hold up the whole film. One of them that chooses its role does not
+    count chains on spot machines (`moving`): the chain moves over at the next segment.
+    """
+    if spot:
+        coming = sum(count for role, count in stable.items() if role not in ("chain", "text"))
+        chains = _count(peers, "chain") + coming
+    else:
+        chains = _count(stable if moving else peers, "chain")
+    return {**peers, "chain": chains}
 
 
 def choose_role(current: Role | None, able: Sequence[Role], peers: Staff, demand: Demand) -> Role | None:

@@ -282,7 +282,12 @@ class LocalStore(Store):
     def _target(self, path: str) -> Path:
         target = self._local(path)
         with _mapped(path):
-            _make_folder(target.parent)
+            try:
+                _make_folder(target.parent)
+            except FileNotFoundError as error:
+                # As below /proc. Who writes is not to take it for a file that is not there.
+                message = "no folder can be made here"
+                raise SettingError(message, field="--store", value=self.url, remedy=_REMEDY) from error
         return target
 
     @contextmanager
@@ -376,6 +381,9 @@ _FORBIDDEN = (
 )
 
 
+_REMEDY = "It must be a writable folder of a file system with hard links."
+
+
 @contextmanager
 def _mapped(path: str) -> Iterator[None]:
     """Operating system errors as the project's own; a missing file stays FileNotFoundError."""
@@ -390,6 +398,6 @@ def _mapped(path: str) -> Iterator[None]:
             raise SettingError(
                 f"cannot use {path} in the render's folder: {error.strerror}",
                 field="--store",
-                remedy="It must be a writable folder of a file system with hard links.",
+                remedy=_REMEDY,
             ) from error
         raise StoreError(f"{path}: {error.strerror or error}") from error

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.errors import SettingError
+from pipeline.errors import LeaseLost, SettingError
 from pipeline.records import TornRecord, seal, unseal
 from pipeline.store import Store, corrupt
 from pipeline.tasks import NAME_PATTERN
@@ -161,14 +161,13 @@ class SubmissionBook:
             self._take(render_id, entry)
 
     def add(self, render_id: str, entry: Entry) -> SubmissionState:
-        """Write the next entry of a submission; its new state. Durable on return."""
+        """Write the next entry of a submission; its new state. Durable on return. LeaseLost if another farm did."""
         state = apply_entry(self.states.get(render_id), entry)
         number = self._lengths.get(render_id, 0) + 1
         path = f"submissions/{render_id}/{number:06d}.json"
         data = seal(entry_to_json(entry))
         if not self._store.create_if_absent(path, data) and self._store.read(path) != data:
-            message = "another farm keeps its books here"
-            raise SettingError(message, field="--farm-store", value=self._store.url)
+            raise LeaseLost(f"{path} was written by another farm")
         self._lengths[render_id] = number
         self.states = {**self.states, render_id: state}
         return state
@@ -271,6 +270,10 @@ class UsageBook:
         for usage in self.renders.values():
             owners.setdefault(usage.owner, Usage(usage.owner)).add(usage)
         return owners
+
+    def copied(self) -> UsageBook:
+        """As it is now: another thread may use it while this one goes on."""
+        return UsageBook({name: replace(usage) for name, usage in self.renders.items()})
 
     def put(self, store: Store) -> None:
         """Write it."""

@@ -141,6 +141,21 @@ MUTATIONS = [
     Mutation("gc crashes", "cluster/collect.py",
              "        if garbage.orphans:\n", "        if False:\n",
              "test_gc.py::test_a_crash_at_any_deletion_leaves_nothing_that_counts_without_its_bytes"),
+    Mutation("two farms", "cluster/farm_books.py",
+             "                self._ledger.take_lease()\n", "                pass\n",
+             "test_farm_books.py::test_a_second_farm_is_refused_at_once_and_takes_over_when_the_first_has_ended"),
+    Mutation("farm taken over", "cluster/farm_books.py",
+             "            self._on_lost()\n", "            pass\n",
+             "test_farm_books.py::test_a_farm_whose_books_were_taken_over_ends_and_writes_nothing"),
+    Mutation("pause outlives farm", "cluster/farm.py",
+             "            if state is None or state.phase in (phase, \"done\"):\n", "            if True:\n",
+             "test_farm_books.py::test_a_pause_is_written_before_what_runs_has_ended"),
+    Mutation("books fail", "cluster/farm_books.py",
+             "            self._problem = problem\n            await asyncio.sleep(AGAIN_S)\n", "            break\n",
+             "test_farm_books.py::test_what_the_store_does_not_take_is_written_once_it_does"),
+    Mutation("chain on spot", "pipeline/machine.py",
+             "event.role, event.host, event.spot)", "event.role, event.host)",
+             "test_machine.py::test_the_chain_is_done_where_no_machine_is_taken_away"),
 ]  # fmt: skip
 
 

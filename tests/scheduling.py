@@ -31,7 +31,7 @@ QUEUES: Mapping[str, tuple[int, tuple[int, int]]] = {
 }
 """How many renders, and the film of each."""
 DRAWN = "a take and 60 shots", 8
-STYLE = """<style>text{font:11px sans-serif;fill:#57606a}.right{text-anchor:end}
+STYLE = """<style>text{font:11px sans-serif;fill:#57606a}.right{text-anchor:end}.middle{text-anchor:middle}
 .text{fill:#8250df}.chain{fill:#cf222e}.refine{fill:#0969da}.media{fill:#1a7f37}</style>"""
 
 # Name -> films as (shots, seconds of each shot).

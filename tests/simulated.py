@@ -556,7 +556,9 @@ class Driver:
         self.workers[worker.name] = worker
         self.world.after(
             self.world.rng.uniform(0.1, 3),
-            lambda: worker.tell(lambda: WorkerJoined(self.world.now(), worker.name, worker.node)),
+            lambda: worker.tell(
+                lambda: WorkerJoined(self.world.now(), worker.name, worker.node, spot=self.world.is_spot(node))
+            ),
         )
 
     def assign_role(self, worker_id: str, role: Role) -> None:
@@ -674,6 +676,10 @@ class World:
         return True
 
     # Trouble
+
+    def is_spot(self, node: str) -> bool:
+        """Some nodes may be taken away at any time, and say so. (All are.)"""
+        return random.Random(f"{self.seed} {node}").random() < 0.5
 
     def strikes(self, trouble: str) -> bool:
         rate: float = getattr(self.troubles, trouble)

@@ -139,6 +139,56 @@ def test_the_outlook_names_the_fewest_gpus_for_a_deadline_and_their_cost(tmp_pat
     assert open_ended.chosen == 3, "the chain, and two refiners that keep up with it"
 
 
+def test_spot_nodes_that_go_cost_time_and_what_they_denoised_is_kept() -> None:
+    plan, pace = five_minutes(), published()
+    kept = on(plan, 4, pace, per_node=1, node_s=300.0)
+    assert (kept.nodes_lost, kept.slowest_s) == (0, kept.makespan_s)
+    spot = on(plan, 4, pace, per_node=1, node_s=300.0, stable=0, life_s=3600.0)
+    assert spot.nodes_lost > 2
+    assert kept.makespan_s < spot.makespan_s <= spot.slowest_s < 2 * kept.makespan_s
+    assert sorted((phase.kind, phase.tasks) for phase in spot.phases) == sorted(
+        (phase.kind, phase.tasks) for phase in kept.phases
+    )
+    ran = [stretch for stretch in spot.stretches if stretch.task_id]
+    spent_s = {name: sum(one.stop_s - one.start_s for one in ran if one.task_id == name) for name in plan.tasks}
+    again = [name for name in plan.tasks if sum(one.task_id == name for one in ran) > 1]
+    assert again, "some were under way when their node went"
+    for name, task in plan.tasks.items():
+        saved = task.kind in ("segment", "window")
+        assert spent_s[name] == pytest.approx(task.work) if saved or name not in again else spent_s[name] > task.work
+
+
+def test_one_stable_gpu_keeps_the_chain_from_the_losses_of_spot_nodes() -> None:
+    plan, pace = five_minutes(), published()
+    fleet = {"per_node": 1, "node_s": 300.0, "life_s": 1800.0}
+    mixed, alone = on(plan, 3, pace, stable=1, **fleet), on(plan, 3, pace, stable=0, **fleet)
+    last = max(plan.tasks.values(), key=lambda task: task.kind == "segment" and task.index)
+    assert last.kind == "segment"
+    assert [one.worker for one in mixed.stretches if one.task_id == last.id] == [0]
+    assert mixed.slowest_s < alone.slowest_s
+    assert on(plan, 3, pace, stable=3, **fleet).nodes_lost == 0
+
+
+def test_plan_says_what_spot_nodes_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    film, official = str(ROOT / "examples" / "five_minutes.yaml"), "meituan-longcat/LongCat-Video"
+    asked = ["plan", film, "--checkpoint", official, "--gpus", "3", "--gpus-per-node", "1", "--stable-gpus", "1"]
+    asked += ["--spot-life", "1h"]
+    assert main(asked) == 0
+    told = capsys.readouterr().out
+    assert "2 of them spot, 1 a node (no price is known, name `h200-spot` with --prices" in told
+    assert "taken away after 1:00:00 on average" in told and "nodes lost" in told
+    (tmp_path / "prices.yaml").write_text("h200: 4\nh200-spot: 1\n")
+    assert main([*asked, "--prices", "prices.yaml", "--json"]) == 0
+    outlook = json.loads(capsys.readouterr().out)["outlook"]
+    assert (outlook["price_per_spot_gpu_hour"], outlook["stable_gpus"], outlook["spot_life_s"]) == (1.0, 1, 3600.0)
+    three = next(size for size in outlook["sizes"] if size["workers"] == 3)
+    assert three["cost"] == pytest.approx((4 + 2 * 1) * three["seconds"] / 3600)
+    assert three["nodes_lost"] > 0 and three["slowest_s"] >= three["seconds"]
+
+
 def test_prices_are_the_lists_with_the_users_own_in_their_place(tmp_path: Path) -> None:
     path = tmp_path / "prices.yaml"
     path.write_text("H200: 1.25\nmine: 9\n")
@@ -234,6 +284,8 @@ def test_plan_without_a_cluster_counts_workers_of_this_machine(
         (["--gpu-type", "gtx9"], "--gpu-type"),
         (["--prices", "absent.yaml"], "--prices"),
         (["--checkpoint", "someone/else"], "checkpoint"),
+        (["--spot-life", "1h"], "--spot-life"),
+        (["--stable-gpus", "1", "--spot-life", "60s"], "--spot-life"),
     ],
 )
 def test_plan_refuses_what_it_knows_nothing_of(

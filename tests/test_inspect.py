@@ -118,6 +118,16 @@ def test_a_place_that_is_no_folder_is_named_before_measuring(
         assert f"--out: cannot be written (got '{out}')" in capsys.readouterr().err
 
 
+def test_where_the_current_folder_cannot_be_written_to_out_is_named(
+    film: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("/proc")
+    assert main(["inspect", str(film)]) == 2
+    said = capsys.readouterr().err
+    assert "'/proc/foreign film.inspection'" in said
+    assert "--out FOLDER" in said
+
+
 def test_a_film_that_was_cut_off_is_refused(film: Path, tmp_path: Path) -> None:
     path = tmp_path / "torn.mp4"
     path.write_bytes(film.read_bytes()[: film.stat().st_size // 2])

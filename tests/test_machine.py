@@ -339,6 +339,57 @@ def test_a_worker_that_can_do_little_gets_what_it_can_do() -> None:
     }  # fmt: skip
 
 
+def chain_workers(studio: Studio) -> list[str]:
+    """Who had the chain's segments, in order, each only where it changed."""
+    had = [worker for worker, label in studio.dispatched if "segment" in label]
+    return [worker for worker, _ in itertools.groupby(had)]
+
+
+@pytest.mark.parametrize("stable_first", [True, False])
+def test_the_chain_is_done_where_no_machine_is_taken_away(stable_first: bool) -> None:
+    studio = Studio(film(segments=8))
+    if stable_first:
+        studio.join("stable")
+    studio.join("s1", "s2", spot=True)
+    if not stable_first:
+        studio.join("stable")
+    studio.run(lambda order: {"segment": 10.0, "window": 30.0}.get(order.task.kind, 1.0))
+    assert chain_workers(studio)[-1] == "stable"
+    assert {label for worker, label in studio.dispatched if worker != "stable"} & {"a/segment/1"} == set()
+    assert {worker for worker, label in studio.dispatched if "window" in label} >= {"s1", "s2"}
+
+
+def test_spot_machines_take_the_chains_that_are_too_many_for_the_others() -> None:
+    studio = Studio(film(chains=3))
+    studio.join("stable")
+    studio.join("s1", "s2", spot=True)
+    studio.done("prompt", "empty")
+    assert {studio.running[f"{chain}/segment/0"][0] for chain in "abc"} == {"stable", "s1", "s2"}
+
+
+def test_the_chain_goes_to_a_spot_machine_when_the_stable_one_is_lost_and_back_to_the_next() -> None:
+    studio = Studio(film(segments=9))
+    studio.join("stable")
+    studio.join("s1", "s2", spot=True)
+    studio.done("prompt", "empty", "a/segment/0", "a/segment/1")
+    studio.feed(WorkerLost(studio.now_s, "stable", "gone", node_lost=True))
+    studio.done("a/window/0")
+    studio.done("a/segment/2")
+    studio.join("next")
+    studio.done("a/segment/3")
+    studio.run()
+    *_, first, spot, last = chain_workers(studio)
+    assert (first, last) == ("stable", "next") and spot in ("s1", "s2")
+
+
+def test_a_chain_does_not_wait_for_a_stable_machine_that_only_encodes() -> None:
+    studio = Studio(film())
+    studio.join("head", roles=("text", "media"))
+    studio.join("s1", spot=True)
+    studio.run()
+    assert chain_workers(studio) == ["s1"]
+
+
 def test_a_lost_chain_worker_is_replaced_by_a_refiner() -> None:
     studio = Studio(film(segments=6))
     studio.join("w1", "w2", "w3")
@@ -1071,7 +1122,7 @@ def test_nothing_new_is_sent_to_a_draining_node_and_nothing_there_is_charged() -
     node = {"w1": "spot", "w2": "kept"}[worker]
     studio.feed(NodeDraining(studio.now_s, node, deadline_s=120.0))
     assert not studio.of(StopWorkers), "there is time"
-    studio.wait(100)
+    studio.wait(95)
     assert not studio.of(StopWorkers)
     studio.wait(10)
     assert studio.of(StopWorkers) == [StopWorkers((worker,))]

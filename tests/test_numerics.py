@@ -91,14 +91,21 @@ def test_on_a_cpu_the_record_holds_what_chooses_algorithms(monkeypatch: pytest.M
     assert compare_numerics(before, after)
 
 
-def test_cpus_that_are_no_x86_are_told_apart_by_their_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cpus_are_told_apart_by_their_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
     kinds = []
-    for name, part in (("graviton2", "0xd0c"), ("grace", "0xd4f")):
-        core = f"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {part}\n\n"
-        (tmp_path / name).write_text(core * 2)
+    arm = "CPU implementer\t: 0x41\nCPU variant\t: 0x0\nCPU part\t: {}\n"
+    x86 = "vendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: {}\n"
+    cpus = {
+        "graviton2": ("aarch64", arm.format("0xd0c")),
+        "grace": ("aarch64", arm.format("0xd4f")),
+        "genoa": ("x86_64", x86.format("AuthenticAMD", 25, 17) + "model name\t: AMD EPYC 9654 96-Core Processor\n"),
+        "sapphire rapids": ("x86_64", x86.format("GenuineIntel", 6, 143) + "model name\t: Intel(R) Xeon(R)\n"),
+    }
+    for name, (machine, said) in cpus.items():
+        (tmp_path / name).write_text(f"processor\t: 0\n{said}\n" * 2)
         monkeypatch.setattr(numerics, "CPU_INFORMATION", tmp_path / name)
-        monkeypatch.setattr("platform.machine", lambda: "aarch64")
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
         kinds.append(numerics.device_kind("cpu"))
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("platform.machine", lambda: "arm64")
@@ -106,13 +113,12 @@ def test_cpus_that_are_no_x86_are_told_apart_by_their_cores(monkeypatch: pytest.
     said = subprocess.CompletedProcess([], 0, stdout="Apple M2 Pro\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: said)
     kinds.append(numerics.device_kind("cpu"))
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    kinds.append(numerics.device_kind("cpu"))
     assert kinds == [
         "cpu aarch64 DEFAULT 0x41 0xd0c",
         "cpu aarch64 DEFAULT 0x41 0xd4f",
+        "cpu x86_64 DEFAULT AuthenticAMD 25 17",
+        "cpu x86_64 DEFAULT GenuineIntel 6 143",
         "cpu arm64 DEFAULT Apple M2 Pro, macOS 15.1",
-        "cpu x86_64 DEFAULT",
     ]
 
 

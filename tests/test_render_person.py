@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cluster.cli import main
+from cluster.manifests.description import MARKET_TYPE, SPOT
 from tests.test_render_film import digest, finish, render, start, storyboard, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -79,7 +80,7 @@ def raylets() -> Iterator[tuple[str, str]]:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        node = cluster.add_node(num_cpus=1)
+        node = cluster.add_node(num_cpus=1, labels={MARKET_TYPE: SPOT})
         ray.init(address=cluster.address, log_to_driver=False)
         busy = ray.remote(num_cpus=1)(Busy).remote()
         assert ray.get(busy.where.remote(), timeout=120) == node.node_id
@@ -96,9 +97,10 @@ def test_the_preemption_notice_of_a_real_raylet_is_noticed(
     from ray._raylet import GcsClient
     from ray.core.generated import autoscaler_pb2
 
-    from cluster.drain import draining_nodes
+    from cluster.drain import draining_nodes, spot_nodes
 
     address, node_id = raylets
+    assert spot_nodes() == {node_id}, "by the label that the manifests give"
     assert draining_nodes() == {}
     deadline_ms = 0 if deadline_s is None else int((time.time() + deadline_s) * 1000)
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")

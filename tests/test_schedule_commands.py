@@ -11,6 +11,7 @@ import yaml
 
 from cluster.cli import main
 from cluster.render import RenderRequest
+from pipeline.errors import StoreError
 
 FILM = "title: ${date}\nseed: ${counter}\nshots:\n  - {duration: 2s, prompt: 'a ${colour} circle'}\n"
 
@@ -123,6 +124,30 @@ def test_a_tick_renders_what_is_due_and_nothing_twice(
     assert len(renderer.films) == 1, "three nights missed, one run"
     [run] = listed(capsys, "news")
     assert run["tick"].endswith("02:30 CET")
+
+
+@pytest.mark.parametrize("lost", ["render", "schedule"])
+def test_a_tick_that_an_error_ended_which_may_pass_is_told_from_one_that_failed(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    def unanswered(*_: Any) -> Any:
+        raise StoreError("the store does not answer")
+
+    now_s = 1_795_700_000.0
+    monkeypatch.setattr("cluster.schedules.time.time", lambda: now_s)
+    assert add() == 0
+    now_s += 86400
+    with monkeypatch.context() as broken:
+        if lost == "render":
+            broken.setattr("cluster.schedules.render", unanswered)
+        else:
+            broken.setattr("cluster.schedules.ScheduleLog.refresh", unanswered)
+        assert main(["schedule", "tick", "news"]) == 75
+    assert "does not answer" in capsys.readouterr().out
+    renderer.codes = [1]
+    assert main(["schedule", "tick", "news"]) == 1
+    assert main(["schedule", "tick", "news"]) == 0, "the run has ended"
+    assert [run["state"] for run in listed(capsys, "news")] == ["exit code 1"]
 
 
 @pytest.mark.parametrize(

@@ -545,3 +545,9 @@ def test_s3_without_the_bucket_is_the_users_to_correct(s3_url: str) -> None:
 def test_seal_of_an_artifact_file_survives_json() -> None:
     file = ArtifactFile("a.bin", "attempts/a/1/a.bin", 3, "0" * 64)
     assert ArtifactFile(**unseal(seal(vars(file)))) == file
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder can be made below /proc")
+def test_where_no_folder_can_be_made_is_no_missing_file() -> None:
+    with pytest.raises(SettingError, match="no folder can be made here"):
+        open_store("/proc/nothing").create_if_absent("a/b", b"")

@@ -20,6 +20,7 @@ from cluster.cli import main
 from cluster.cli_farm import is_farmed
 from cluster.download import download_film
 from cluster.farm import KEPT_RENDERS, UNUSED_S, Farm, FarmSettings, _Events, forget_ended
+from cluster.farm_books import FarmBooks
 from cluster.farm_commands import Cluster, Wishes, parse_hook, submission_of
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
@@ -27,7 +28,8 @@ from cluster.farm_pool import Hand
 from cluster.metrics import METRICS
 from cluster.orchestrator import Member
 from cluster.render import Prepared
-from pipeline.errors import CorruptArtifact, SettingError, StoreError
+from pipeline.errors import CorruptArtifact, LeaseLost, SettingError
+from pipeline.events import PhaseProgress, ProgressSummary
 from pipeline.farm import Borrower, Lender, Load, Needs
 from pipeline.ledger import LedgerState
 from pipeline.store import LocalStore
@@ -86,34 +88,16 @@ def test_the_states_can_be_walked_through_while_an_entry_is_written(tmp_path: Pa
     assert [render_id for render_id, _ in walking] == ["a"] and list(book.states) == ["a", "b"]
 
 
-def test_a_farm_waits_for_a_store_that_does_not_take_its_books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.farm.BOOKS_S", 0.0)
-
-    class Silent(LocalStore):
-        silent = 2
-
-        def create_if_absent(self, path: str, data: bytes) -> bool:
-            self.silent -= 1
-            if self.silent >= 0:
-                raise StoreError("no answer")
-            return super().create_if_absent(path, data)
-
-    farm = Farm.__new__(Farm)
-    farm._book = SubmissionBook(Silent(tmp_path))
-    assert asyncio.run(farm._write("a", Submitted(1.0, submission()))).phase == "queued"
-    assert list(loaded(tmp_path).states) == ["a"]
-
-
 def test_events_are_kept_of_open_renders_and_of_the_last_others() -> None:
     events = {str(number): _Events() for number in range(KEPT_RENDERS + 5)}
     forget_ended(events, {"0", "3"})
     assert list(events) == ["0", "3", *map(str, range(5, KEPT_RENDERS + 5))]
 
 
-def test_a_second_farm_on_the_same_books_is_refused_and_overwrites_nothing(tmp_path: Path) -> None:
+def test_an_entry_of_another_farm_is_never_overwritten(tmp_path: Path) -> None:
     one, other = loaded(tmp_path), loaded(tmp_path)
     one.add("a", Submitted(1.0, submission()))
-    with pytest.raises(SettingError, match="another farm"):
+    with pytest.raises(LeaseLost, match="another farm"):
         other.add("a", Submitted(2.0, submission()))
     assert loaded(tmp_path).states["a"].submitted_at_s == 1.0
     assert "a" not in other.states
@@ -127,7 +111,9 @@ def test_an_entry_that_is_not_whole_is_not_believed(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-def test_a_clock_that_is_set_back_keeps_no_worker_from_a_render(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_set_back_keeps_no_worker_from_a_render(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = SimpleNamespace(unix_s=1e9, own_s=50.0)
     clock = SimpleNamespace(time=lambda: now.unix_s, monotonic=lambda: now.own_s)
     monkeypatch.setattr("cluster.farm.time", clock)
@@ -139,7 +125,8 @@ def test_a_clock_that_is_set_back_keeps_no_worker_from_a_render(monkeypatch: pyt
     render = SimpleNamespace(lend=lambda grant, *more: lent.append(grant.worker_id))
     farm._open = {"a": SimpleNamespace(borrower=borrower, serves=None, render=render)}  # type: ignore[dict-item]
     farm._pool = SimpleNamespace(hands={"w": hand}, lenders=lambda: [lender], end_if_leaving=lambda hand: None)  # type: ignore[assignment]
-    farm._wake, farm._load_s, farm._usage = asyncio.Event(), {Load("c", "refine"): 1.0}, UsageBook()
+    farm._books = FarmBooks(LocalStore(tmp_path), lambda: None)
+    farm._wake, farm._load_s = asyncio.Event(), {Load("c", "refine"): 1.0}
     farm.returned("w", "a", used=False)
     farm._lend()
     assert not lent, "not at once"
@@ -358,11 +345,21 @@ def test_metrics_count_without_naming_renders() -> None:
     metrics.count_task("segment", 61.0, record)
     metrics.count_task("window", 5.0, None)
     state = SubmissionState(submission("secret-film"), 1.0)
-    metrics.show([state, replace(state, phase="running")], [Lender("w1", "n", render_id="a"), Lender("w2", "n")])
+    workers = [Lender("w1", "n", render_id="a"), Lender("w2", "n")]
+    progress = [ProgressSummary(1.0, {"window": PhaseProgress(total=9, done=2, running=1)})] * 2
+    metrics.show([state, replace(state, phase="running")], workers, progress)
+    metrics.show([], workers, [])
+    metrics.count_lost()
     assert ("longtake_frames_total", "inc", 93, {"stage": "segment"}) in calls
     assert ("longtake_retries_total", "inc", 1, {"stage": "window"}) in calls
     assert ("longtake_gpu_busy_fraction", "set", 0.5, {}) in calls
     assert ("longtake_renders", "set", 1, {"phase": "queued"}) in calls
+    of_windows = ("longtake_tasks_waiting", {"stage": "window"})
+    waiting = [value for name, _, value, tags in calls if (name, tags) == of_windows]
+    assert waiting == [12, 0], "those of renders that have ended are taken back"
+    assert ("longtake_tasks_running", "set", 2, {"stage": "window"}) in calls
+    metrics.count_cost(2.0)
+    assert {name for name, *_ in calls} == METRICS.keys() - {"longtake_worker_seconds_total"}
     for name, _, _, tags in calls:
         assert tuple(tags) == METRICS[name].labels
         assert "secret-film" not in tags.values()

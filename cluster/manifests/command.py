@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 from cluster.manifests.description import TOKEN_PATH, Description, check_shared, to_yaml
 from cluster.manifests.dockerfile import Flavour, dockerfile
+from cluster.manifests.film import examine, read_film
 from cluster.manifests.kubernetes import cron_job, ray_cluster, ray_job
 from cluster.manifests.machines import AWS_IMAGE, AWS_IMAGE_NAME, LOCAL_TOKEN_FOLDER, Cloud, aws_region, ray_up
 from cluster.manifests.skypilot import sky_task
 from pipeline.errors import SettingError
+from pipeline.recurring import check_definition
 from pipeline.schedule_log import ScheduleLog
+from pipeline.spec import Storyboard
 from pipeline.store import open_store
 
 
@@ -21,10 +26,12 @@ def print_kuberay(description: Description) -> int:
     return 0
 
 
-def print_rayjob(description: Description, film: Path) -> int:
+def print_rayjob(description: Description, path: Path) -> int:
     """A RayJob that renders one storyboard. Raises SpecError, SettingError."""
+    film, storyboard = read_film(path)
+    description = _examined(film, description)
     heading = f"One render on {description.gpus} GPUs, for KubeRay 1.6 or later.\n{_secret(description)}"
-    print(to_yaml(ray_job(description, film), heading), end="")
+    print(to_yaml(ray_job(description, storyboard), heading), end="")
     return 0
 
 
@@ -35,6 +42,7 @@ def print_cronjob(description: Description, name: str, schedules: str) -> int:
     if definition is None:
         remedy = f"`longtake schedule add {name} ... --schedules {schedules}` first."
         raise SettingError("is not on the schedule", field="schedule", value=name, remedy=remedy)
+    description = _examined(check_definition(definition, time.time())[0], description)
     heading = "Its pod needs the right to use the store: a service account, or credentials in its environment."
     print(to_yaml(cron_job(description, definition, schedules), heading), end="")
     return 0
@@ -57,13 +65,15 @@ def print_ray_up(description: Description, cloud: Cloud) -> int:
     return 0
 
 
-def print_skypilot(description: Description, film: Path) -> int:
-    """A SkyPilot task that renders one storyboard."""
+def print_skypilot(description: Description, path: Path) -> int:
+    """A SkyPilot task that renders one storyboard. Raises SpecError, SettingError."""
+    film, _ = read_film(path)
+    description = _examined(film, description)
     heading = (
         'Start: RAY_AUTH_TOKEN="$(openssl rand -hex 32)" sky jobs launch FILE --secret RAY_AUTH_TOKEN\n'
         "The token is one run's own and need not be kept."
     )
-    print(to_yaml([sky_task(description, film)], heading), end="")
+    print(to_yaml([sky_task(description, path)], heading), end="")
     return 0
 
 
@@ -77,6 +87,13 @@ def print_grafana() -> int:
     """The dashboard, as Grafana imports it."""
     print(Path(__file__).with_name("grafana.json").read_text(), end="")
     return 0
+
+
+def _examined(film: Storyboard, description: Description) -> Description:
+    described, warnings = examine(film, description)
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    return described
 
 
 def _secret(description: Description) -> str:

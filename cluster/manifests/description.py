@@ -22,7 +22,7 @@ from cluster import json_log
 from cluster.manifests.hardware import HARDWARE, GpuType, Hardware
 from pipeline.crew import SAVE_S
 from pipeline.errors import SettingError
-from pipeline.store import OBJECT_SCHEMES
+from pipeline.store import OBJECT_SCHEMES, open_store
 
 MARKET_TYPE = "ray.io/market-type"
 STABLE, SPOT = "on-demand", "spot"
@@ -36,7 +36,7 @@ USER_ID = 1000
 LOGGING = {json_log.VARIABLE: "json"}
 RAY_PORT, DASHBOARD_PORT, OBJECT_PORT = 6379, 8265, 8076
 DRAIN_S = {STABLE: 75, SPOT: 25}
-"""How long a worker that was told to go still runs. SAVE_S before the end its running task saves its state, after the
+"""How long a pod that was told to go still runs. SAVE_S before the end its running task saves its state, after the
 step of the denoising that it is in. Spot machines are gone sooner: 30 s after the notice on Google Cloud, which
 Kubernetes cuts to 25 s for pods."""
 assert min(DRAIN_S.values()) > SAVE_S
@@ -65,7 +65,8 @@ def _is_shared(place: str) -> bool:
 def _store(value: str) -> str:
     if not _is_shared(value):
         raise ValueError(_NO_DISK)
-    return value
+    # Refuses an address with a key in it: manifests are kept in repositories, and commands are shown by `ps`.
+    return open_store(value).url
 
 
 def check_shared(field: str, place: str) -> None:
@@ -102,6 +103,10 @@ class Description(BaseModel):
     priority_class: Name | None = None
     spot_label: NodeLabel = "cloud.google.com/gke-spot=true"
     """Kubernetes: the label of nodes that can be taken away."""
+    film_gib: int = Field(default=5, ge=0)
+    """Kubernetes: the size of the largest film that is made there, for the disk that pods ask for. The default is three
+    hours of h264 at 720p, or five minutes of ProRes.
+    """
     region: str | None = Field(default=None, pattern=r"^[a-z0-9-]{3,40}$")
     project: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9-]{4,62}$")
 

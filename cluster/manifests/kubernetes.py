@@ -37,18 +37,29 @@ from cluster.manifests.description import (
     plan_groups,
     ray_version,
 )
-from cluster.manifests.film import read_portable
 from pipeline.errors import SettingError
 from pipeline.recurring import Definition
 
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 KUEUE_ELASTIC = "kueue.x-k8s.io/elastic-job"
-JOB_RETRIES = 20
-"""New clusters for one film. Each goes on from the store, so a retry costs its cold start and nothing else."""
+CLUSTER_RETRIES = 3
+"""New clusters for one film, after a head that was lost or any error at all: KubeRay does not look at exit codes. Each
+goes on from the store and costs its cold start. Workers that are lost and suspensions by Kueue are not counted.
+"""
+POD_RETRIES = 20
+"""New pods for one run of a schedule, after an error that may pass. Evictions are not counted."""
+FINAL_CODES = [1, 2, 4, 130]
+"""Exit codes of `longtake schedule tick` that another pod would not change: the run failed, usage or storyboard, the
+quality gate, `longtake cancel`. What is left: 75, and signals such as 137 where memory ran out.
+"""
 IDLE_S = 300
 END_S = 5
 """From the end of the draining to that of the pod."""
+POD_DISK_GIB = 10
+"""Of a node's disk, for Ray's logs and the caches of CUDA and Triton. The checkpoint is on a volume or in the image."""
+GPU_DISK_GIB = 2
+"""For the inputs and LoRA files of the order that a worker has."""
 _USER = {"runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
 """The image's user; `fsGroup` lets it read the token, which others cannot."""
 
@@ -69,8 +80,8 @@ def ray_cluster(description: Description) -> list[dict[str, Any]]:
     ]
 
 
-def ray_job(description: Description, film: Path) -> list[dict[str, Any]]:
-    """One render, with the storyboard beside it. Raises SpecError, SettingError."""
+def ray_job(description: Description, storyboard: str) -> list[dict[str, Any]]:
+    """One render, with the storyboard's text beside it. Raises SettingError."""
     store = needed(description.store, "--store", "the film's state outlives the cluster there")
     command = [
         "longtake", "render", STORYBOARD_PATH, "--store", store,
@@ -82,14 +93,14 @@ def ray_job(description: Description, film: Path) -> list[dict[str, Any]]:
         "metadata": _metadata(description),
         "spec": {
             "entrypoint": shlex.join(command),
-            "backoffLimit": JOB_RETRIES,
+            "backoffLimit": CLUSTER_RETRIES,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 60,
             "submissionMode": "K8sJobMode",
             "rayClusterSpec": _cluster_spec(description, scaled=False, storyboard=_config_name(description)),
         },
     }
-    return [_storyboard_map(description, film), job]
+    return [_storyboard_map(description, storyboard), job]
 
 
 def cron_job(description: Description, schedule: Definition, schedules: str) -> list[dict[str, Any]]:
@@ -107,7 +118,8 @@ def cron_job(description: Description, schedule: Definition, schedules: str) -> 
         "command": ["longtake", "schedule", "tick", schedule.id, "--schedules", schedules],
         "env": _values({"XDG_CACHE_HOME": CACHE_FOLDER, **LOGGING}),
         "volumeMounts": [*_mounts(description)[1:], {"name": "shm", "mountPath": "/dev/shm"}],
-        "resources": _gpu_resources(description, description.gpus),
+        # Twice as many: one pod is head and worker.
+        "resources": _gpu_resources(description, description.gpus, films=4),
     }
     shared_memory = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}
     pod = {
@@ -125,11 +137,20 @@ def cron_job(description: Description, schedule: Definition, schedules: str) -> 
         "concurrencyPolicy": "Replace" if schedule.overlap == "replace" else "Forbid",
         # One catch-up: of the ticks it missed Kubernetes makes up for the last, within this time.
         "startingDeadlineSeconds": 24 * 3600,
-        "jobTemplate": {"spec": {"backoffLimit": JOB_RETRIES, "template": {"spec": pod}}},
+        "jobTemplate": {
+            "spec": {"backoffLimit": POD_RETRIES, "podFailurePolicy": _failure_policy(), "template": {"spec": pod}}
+        },
     }
     name = re.sub(r"[._]", "-", f"{description.name}-{schedule.id}")[:52].rstrip("-")
     metadata = {"name": name, "labels": _own_labels(description)}
     return [{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": metadata, "spec": spec}]
+
+
+def _failure_policy() -> dict[str, Any]:
+    """What Kubernetes makes of a pod that failed: the first rule that holds; a pod that none holds for is counted."""
+    evicted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    final = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": FINAL_CODES}}
+    return {"rules": [evicted, final]}
 
 
 def _kubernetes_cron(expression: str) -> str:
@@ -166,7 +187,8 @@ def _head_group(description: Description, storyboard: str | None) -> dict[str, A
         ],
         "env": _environment(),
         "volumeMounts": _mounts(description),
-        "resources": _resources(cpus=6, memory_gib=24),
+        # The film so far is joined there, and the film goes to its place from there.
+        "resources": _resources(cpus=6, memory_gib=24, disk_gib=POD_DISK_GIB + 2 * description.film_gib),
     }
     volumes = _volumes(description)
     if storyboard is not None:
@@ -234,16 +256,23 @@ def _tolerations(description: Description, *, spot: bool) -> list[dict[str, str]
     return [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
 
 
-def _gpu_resources(description: Description, gpus: int) -> dict[str, Any]:
+def _gpu_resources(description: Description, gpus: int, *, films: int = 2) -> dict[str, Any]:
+    """`films`: how often the film lies there; a worker that joins it has it as units and as film."""
     hardware = description.hardware
-    return _resources(cpus=hardware.cpus_per_gpu * gpus, memory_gib=hardware.memory_gib(gpus), gpus=gpus)
+    return _resources(
+        cpus=hardware.cpus_per_gpu * gpus,
+        memory_gib=hardware.memory_gib(gpus),
+        disk_gib=POD_DISK_GIB + GPU_DISK_GIB * gpus + films * description.film_gib,
+        gpus=gpus,
+    )
 
 
-def _resources(*, cpus: int, memory_gib: int, gpus: int = 0) -> dict[str, Any]:
+def _resources(*, cpus: int, memory_gib: int, disk_gib: int, gpus: int = 0) -> dict[str, Any]:
+    """Of the disk at least so much: on a node that is short of it, pods that use more than they asked for go first."""
     amounts = {"cpu": str(cpus), "memory": f"{memory_gib}Gi"}
     if gpus:
         amounts["nvidia.com/gpu"] = str(gpus)
-    return {"requests": amounts, "limits": amounts}
+    return {"requests": {**amounts, "ephemeral-storage": f"{disk_gib}Gi"}, "limits": amounts}
 
 
 def _environment() -> list[dict[str, str]]:
@@ -298,10 +327,10 @@ def _config_name(description: Description) -> str:
     return f"{description.name}-storyboard"
 
 
-def _storyboard_map(description: Description, film: Path) -> dict[str, Any]:
+def _storyboard_map(description: Description, storyboard: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": _config_name(description), "labels": _own_labels(description)},
-        "data": {Path(STORYBOARD_PATH).name: read_portable(film)},
+        "data": {Path(STORYBOARD_PATH).name: storyboard},
     }

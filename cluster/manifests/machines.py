@@ -13,7 +13,6 @@ from typing import Any, Literal
 from cluster.manifests.description import (
     CACHE_FOLDER,
     DASHBOARD_PORT,
-    DRAIN_S,
     LOGGING,
     MARKET_TYPE,
     OBJECT_PORT,
@@ -29,11 +28,17 @@ from cluster.manifests.description import (
     plan_groups,
 )
 from cluster.manifests.hardware import HEAD_MACHINES
+from pipeline.crew import SAVE_S
 
 Cloud = Literal["aws", "gcp"]
 IDLE_MINUTES = 5
-NOTICE_S = 5
-"""How often a machine asks whether it is taken away."""
+NOTICE_S: dict[Cloud, int] = {"aws": 120, "gcp": 30}
+"""How long before the end a cloud says that it takes a spot machine away."""
+ASK_S = 5
+"""How often a machine asks whether that is so."""
+SPARE_S = 5
+"""Between the end that Ray is told and the real one."""
+assert min(NOTICE_S.values()) - ASK_S - SPARE_S >= SAVE_S
 DISK_GB = 500
 """A role's weights in bf16 are 27 GB, the image about 10 GB; the rest is for what is being encoded."""
 LOCAL_TOKEN_FOLDER = "~/.longtake/{name}"
@@ -101,7 +106,7 @@ def ray_up(description: Description, cloud: Cloud) -> dict[str, Any]:
 def watch_command(cloud: Cloud) -> str:
     """Shell: wait until the cloud says that it takes this machine away, then have it drained.
 
-    AWS says so two minutes before, Google Cloud thirty seconds. Machines on demand never get the notice.
+    Ray is told the time that is left at least. Machines on demand never get the notice.
     """
     if cloud == "aws":
         metadata = "http://169.254.169.254/latest"
@@ -113,7 +118,8 @@ def watch_command(cloud: Cloud) -> str:
     else:
         metadata = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
         notice = f'wget -qO- --header="Metadata-Flavor: Google" {metadata} | grep -q TRUE'
-    return f"until {notice}; do sleep {NOTICE_S}; done; {drain_command(DRAIN_S[SPOT] - NOTICE_S)}"
+    left_s = NOTICE_S[cloud] - ASK_S - SPARE_S
+    return f"until {notice}; do sleep {ASK_S}; done; {drain_command(left_s)}"
 
 
 def aws_region(description: Description) -> str:

@@ -22,16 +22,15 @@ from cluster.manifests.description import (
     needed,
     plan_groups,
 )
-from cluster.manifests.film import read_portable
 
-RESUMABLE_CODES = [75, 130]
-"""A render that was stopped and goes on when the same command is run again."""
+RESUMABLE_CODES = [75]
+"""A render that was stopped and goes on when the same command is run again. SkyPilot does so without end, so 130, that
+of `longtake cancel`, is left to `max_restarts_on_errors`."""
 
 
 def sky_task(description: Description, film: Path) -> dict[str, Any]:
-    """The task's YAML. Raises SpecError, SettingError."""
+    """The task's YAML. Raises SettingError."""
     store = needed(description.store, "--store", "the film's state outlives the machines there")
-    read_portable(film)
     groups = plan_groups(description, ())
     nodes = groups.stable_nodes + groups.spot_nodes
     is_spot = groups.spot_nodes > 0

@@ -1,0 +1,274 @@
+"""A farm's books through outages of their store and beside another farm, and what a farm answers meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.farm import Farm, FarmSettings, _Open
+from cluster.farm_books import FarmBooks
+from pipeline.errors import LeaseLost, SettingError, StoreError, StoreFull, TransientError
+from pipeline.farm import Borrower
+from pipeline.lease import Owner
+from pipeline.ledger import Ledger
+from pipeline.store import LocalStore
+from pipeline.submissions import Changed, Submission, SubmissionBook, SubmissionState, Submitted
+
+ELSEWHERE = Owner("other-host/boot/space", 1, "mark")
+
+
+class Trouble(LocalStore):
+    """A folder whose writes of entries fail with `error`, or hang, until it is mended; `broken` breaks reading, too."""
+
+    error: Exception | None = None
+    broken = False
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def create_if_absent(self, path: str, data: bytes) -> bool:
+        if path.startswith("submissions/"):
+            self.answers.wait(30)
+            if self.error is not None:
+                raise self.error
+        return super().create_if_absent(path, data)
+
+    def list(self, prefix: str = "") -> Any:
+        if self.broken:
+            raise StoreError("no answer")
+        return super().list(prefix)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.farm_books.AGAIN_S", 0.02)
+    monkeypatch.setattr("cluster.farm_books.ANSWER_S", 0.2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Trouble:
+    return Trouble(tmp_path)
+
+
+def order(**more: Any) -> Submission:
+    return Submission("a", "/renders/a", {"spec": {"title": "A"}}, **more)
+
+
+def submitted(state: SubmissionState | None) -> Submitted:
+    return Submitted(1.0, order())
+
+
+def read(store: LocalStore) -> dict[str, str]:
+    book = SubmissionBook(LocalStore(store.root))
+    book.load()
+    return {render_id: state.phase for render_id, state in book.states.items()}
+
+
+async def opened(store: LocalStore, on_lost: Callable[[], None] = lambda: None) -> FarmBooks:
+    books = FarmBooks(store, on_lost)
+    await books.open()
+    return books
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < until_s
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StoreError("no answer"), StoreFull("no space"), SettingError("no permission", field="--store"), OSError("odd")],
+)
+def test_what_the_store_does_not_take_is_written_once_it_does(store: Trouble, error: Exception) -> None:
+    async def told() -> None:
+        books = await opened(store)
+        store.error = error
+        with pytest.raises(TransientError, match=rf"cannot be written now \(.*{error.args[0]}.*as soon as they can"):
+            await books.ask("a", submitted)
+        assert read(store) == {}
+        store.error = None
+        await eventually(lambda: read(store) == {"a": "queued"})
+        assert books.states["a"].phase == "queued"
+
+    asyncio.run(told())
+
+
+def test_a_store_that_hangs_is_said_too_and_nothing_is_written_twice(store: Trouble) -> None:
+    async def told() -> None:
+        books = await opened(store)
+        store.answers.clear()
+        once = lambda state: None if state else Submitted(1.0, order())  # noqa: E731
+        for _ in range(2):
+            with pytest.raises(TransientError, match="no answer for"):
+                await books.ask("a", once)
+        store.answers.set()
+        await books.ask("a", once)
+        assert len(store.list("submissions/a")) == 1
+
+    asyncio.run(told())
+
+
+def test_books_that_cannot_be_read_are_tried_again_and_said(store: Trouble) -> None:
+    async def waits() -> None:
+        books, store.broken = FarmBooks(store, lambda: None), True
+        opening = asyncio.create_task(books.open())
+        with pytest.raises(TransientError, match=r"cannot open its books .* yet: no answer"):
+            await books.when_open()
+        store.broken = False
+        await opening
+        await books.when_open()
+
+    asyncio.run(waits())
+
+
+def test_a_second_farm_is_refused_at_once_and_takes_over_when_the_first_has_ended(store: Trouble) -> None:
+    async def both() -> None:
+        first = await opened(store)
+        await first.ask("a", submitted)
+        second = FarmBooks(LocalStore(store.root), lambda: None)
+        opening = asyncio.create_task(second.open())
+        with pytest.raises(SettingError, match="another farm keeps its books here"):
+            await second.when_open()
+        await first.close()
+        await opening
+        assert second.states["a"].phase == "queued"
+
+    asyncio.run(both())
+
+
+def test_a_farm_whose_books_were_taken_over_ends_and_writes_nothing(store: Trouble) -> None:
+    async def loses() -> None:
+        ended: list[str] = []
+        books = await opened(store, lambda: ended.append("ended"))
+        # Its process lives, but another host saw no heartbeat.
+        Ledger(store, owner=ELSEWHERE).take_lease(watch_s=0.0)
+        with pytest.raises(LeaseLost):
+            await books.keep()
+        assert ended == ["ended"]
+
+    asyncio.run(loses())
+
+
+def test_two_orders_at_the_same_time_are_one(store: Trouble) -> None:
+    async def both() -> None:
+        farm = farm_on(await opened(store))
+        answers = await asyncio.gather(farm._submit(order()), farm._submit(order()))
+        assert sorted(known for _, known in answers) == [False, True]
+        other = Submission("a", "/renders/a", {"spec": {"title": "B"}})
+        with pytest.raises(SettingError, match="another version of it"):
+            await farm._submit(other)
+        assert len(store.list("submissions/a")) == 1
+
+    asyncio.run(both())
+
+
+def test_a_farm_is_stopped_whatever_its_books_do(store: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stops() -> None:
+        second = farm_on(FarmBooks(LocalStore(store.root), lambda: None))
+        farm = farm_on(await opened(store))
+        await second._stop()
+        for trouble in (lambda *about: time.sleep(0.5), lambda *about: store.head("../x")):
+            monkeypatch.setattr(store, "put_replace", trouble)
+            await farm._stop()
+        (lease,) = [file.path for file in store.list("lease") if file.path.endswith(".released")]
+        assert lease
+
+    asyncio.run(stops())
+
+
+# A farm's answers
+
+
+def farm_on(books: FarmBooks) -> Farm:
+    """A farm without Ray: its answers, on these books."""
+    farm = Farm.__new__(Farm)
+    farm._books, farm._settings, farm._open, farm._wake = books, FarmSettings("books"), {}, asyncio.Event()
+    farm._stopping, farm._events, farm._tasks = False, {}, set()
+    farm._pool = SimpleNamespace(hands={}, lenders=list, problem="", close=lambda: None)  # type: ignore[assignment]
+    return farm
+
+
+class Running:
+    """An open render that ends when it is told to and its own store lets it."""
+
+    def __init__(self) -> None:
+        self.render_id, self.saved, self.stopped = "a", asyncio.Event(), list[int]()
+
+    async def run(self) -> Any:
+        await self.saved.wait()
+        return SimpleNamespace(exit_code=self.stopped[-1] if self.stopped else 0, message="it was stopped")
+
+    async def stop(self, exit_code: int) -> None:
+        self.stopped.append(exit_code)
+
+    def take_events(self, cursor: int) -> tuple[list[Any], int]:
+        return [], cursor
+
+    def summary(self) -> None: ...
+
+
+async def carrying(books: FarmBooks) -> tuple[Farm, Running, Coroutine[Any, Any, None]]:
+    await books.write("a", submitted)
+    await books.write("a", lambda state: Changed(2.0, "running"))
+    farm, render = farm_on(books), Running()
+    farm._open["a"] = one = _Open(render, Borrower("a"), None)  # type: ignore[arg-type]
+    return farm, render, farm._carry(one, False)
+
+
+def test_a_pause_is_written_before_what_runs_has_ended(store: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.farm.SAVE_LIMIT_S", 0.2)
+
+    async def pauses() -> None:
+        farm, render, carry = await carrying(await opened(store))
+        ends = asyncio.create_task(carry)
+        row = await farm._change("a", "paused")
+        assert (row.phase, row.message) == ("running", "is being paused: what it has is saved")
+        assert render.stopped == [75] and read(store) == {"a": "paused"}, "a farm that starts now leaves it alone"
+        with pytest.raises(SettingError, match="still ending"):
+            await farm._change("a", "queued")
+        render.saved.set()
+        await ends
+        assert (await farm._describe("a")).phase == "paused"
+        assert len(store.list("submissions/a")) == 3, "nothing is written twice"
+
+    asyncio.run(pauses())
+
+
+def test_a_pause_stops_the_work_even_where_it_cannot_be_written_yet(store: Trouble) -> None:
+    async def pauses() -> None:
+        farm, render, carry = await carrying(await opened(store))
+        ends = asyncio.create_task(carry)
+        store.error = StoreError("no answer")
+        with pytest.raises(TransientError, match="cannot be written now"):
+            await farm._change("a", "paused")
+        assert render.stopped == [75] and read(store) == {"a": "running"}
+        assert (await farm._describe("a")).message == "is being paused: what it has is saved"
+        store.error = None
+        render.saved.set()
+        await ends
+        assert read(store) == {"a": "paused"}
+
+    asyncio.run(pauses())
+
+
+def test_a_film_that_is_done_before_its_pause_is_done(store: Trouble) -> None:
+    async def pauses() -> None:
+        farm, render, carry = await carrying(await opened(store))
+        ends = asyncio.create_task(carry)
+        render.stop = lambda exit_code: asyncio.sleep(0, render.saved.set())  # type: ignore[method-assign]
+        assert (await farm._change("a", "paused")).phase == "done"
+        await ends
+        assert read(store) == {"a": "done"}
+
+    asyncio.run(pauses())
