@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from actors.denoising import make_schedule
+from cluster.preflight import check_writable
 from cluster.probe import find_checkpoint
 from model.checkpoint import load_text
 from model.errors import ModelError
@@ -20,6 +21,8 @@ from model.evaluate import Renderer, Sampling, evaluate, table
 from model.generate import load_models
 from pipeline.errors import CheckpointFault
 from pipeline.facts import RenderFacts, load_render_facts
+
+RESULT = "evaluation.json"
 
 
 def print_evaluation(
@@ -36,6 +39,7 @@ def print_evaluation(
     """Measure with the draft quality's weights; the table or JSON on stdout, progress on stderr, sheets in `out`."""
     folder = find_checkpoint(checkpoint)
     out = out or Path(f"{folder.name}.evaluation")
+    check_writable(out / RESULT, "--out")
     try:
         renderer = load_renderer(folder, load_render_facts(folder), device)
         result = evaluate(
@@ -50,8 +54,8 @@ def print_evaluation(
     except ModelError as error:
         raise CheckpointFault(str(error), field="checkpoint", value=checkpoint) from error
     text = json.dumps({"checkpoint": str(folder), **result}, indent=1)
-    (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    print(text if as_json else f"{table(result)}\nsheets and evaluation.json: {out}")
+    (out / RESULT).write_text(text + "\n", encoding="utf-8")
+    print(text if as_json else f"{table(result)}\nsheets and {RESULT}: {out}")
     return 0
 
 

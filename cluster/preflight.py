@@ -44,22 +44,22 @@ def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Seque
     check_loras(recipe)
 
 
-def check_writable(target: Path) -> None:
-    """Whether the film can be put at `target`. Raises SettingError."""
+def check_writable(target: Path, field: str = "output.path") -> None:
+    """Whether a file can be put at `target`, which `field` names. Raises SettingError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(None, "is a folder")
-        # As long as the name that the film has while it is copied.
+        # As long as the name that a film has while it is copied.
         probe = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise SettingError(
             f"cannot be written: {error.strerror}",
-            field="output.path",
+            field=field,
             value=str(target),
-            remedy="Name a file in a writable folder.",
+            remedy="Name a place that can be written to.",
         ) from error
 
 

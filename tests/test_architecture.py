@@ -35,6 +35,17 @@ def test_every_room_is_packaged() -> None:
     assert tuple(wheel["packages"]) == ROOMS
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what belongs to the project is asked of git")
+def test_the_source_archive_holds_the_whole_project() -> None:
+    import tomllib
+
+    sdist = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {f"/{name.split('/')[0]}" for name in files.splitlines()}
+    # These two hatchling takes along by itself.
+    assert tracked - {"/pyproject.toml", "/.gitignore"} == set(sdist["include"])
+
+
 def test_importing_pipeline_loads_neither_torch_nor_ray() -> None:
     modules = [
         f"pipeline.{path.stem}"

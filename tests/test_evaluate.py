@@ -131,6 +131,18 @@ def test_the_table_says_which_bars_are_met() -> None:
     assert lines["shape"].endswith("85 %  short")
 
 
+def test_a_place_that_cannot_be_written_is_named_before_measuring(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.evaluate.load_renderer", lambda *_: pytest.fail("it was begun"))
+    (tmp_path / "file").touch()
+    (tmp_path / "result" / "evaluation.json").mkdir(parents=True)
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "result", Path("/proc/results")):
+        assert main(["evaluate", str(tiny_checkpoint), "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert "--out: cannot be written" in said and str(out) in said
+
+
 @pytest.mark.slow
 def test_the_command_repeats_itself(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
