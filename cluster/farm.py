@@ -185,6 +185,8 @@ class Farm:
         self._books = FarmBooks(self._store, lambda: os._exit(1))
         self._open: dict[str, _Open] = {}
         self._events: dict[str, _Events] = {}
+        self._held_back: set[str] = set()
+        """To be paused or cancelled, which is not written down yet: not to be begun."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._load_s: dict[Load, float] = {}
         self._pace: dict[TaskKind, tuple[float, float]] = {}
@@ -315,7 +317,7 @@ class Farm:
                 state.submission.start_after_s,
             )
             for render_id, state in self._books.states.items()
-            if state.is_open and render_id not in self._open
+            if state.is_open and render_id not in self._open and render_id not in self._held_back
         ]
 
     def _open_renders(self) -> None:
@@ -587,10 +589,17 @@ class Farm:
                 return None
             return Changed(time.time(), phase, "on request", exit_code)
 
+        async def end() -> None:
+            self._held_back.add(render_id)
+            try:
+                await self._books.write(render_id, decide)
+            finally:
+                self._held_back.discard(render_id)
+
         if (one := self._open.get(render_id)) is not None:
             one.ending, one.borrower.paused = phase, True
             await one.render.stop(exit_code)
-        await self._books.ask(render_id, decide)
+        await self._books.soon(end())
         await self._ended(render_id)
 
     async def _ended(self, render_id: str) -> None:

@@ -90,10 +90,11 @@ class FarmBooks:
                 await self._until_it_works(lambda: self._book.add(render_id, entry))
 
     async def ask(self, render_id: str, decide: Decide) -> None:
-        """`write` for somebody who waits: TransientError if it takes long. It is written all the same, later."""
-        await self._soon(self.write(render_id, decide))
+        """`write` for somebody who waits."""
+        await self.soon(self.write(render_id, decide))
 
-    async def _soon(self, work: Coroutine[Any, Any, T]) -> T:
+    async def soon(self, work: Coroutine[Any, Any, T]) -> T:
+        """Work that writes, for somebody who waits: TransientError if it takes long. It goes on all the same."""
         task = asyncio.get_running_loop().create_task(work)
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)

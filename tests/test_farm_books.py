@@ -194,7 +194,7 @@ def farm_on(books: FarmBooks) -> Farm:
     """A farm without Ray: its answers, on these books."""
     farm = Farm.__new__(Farm)
     farm._books, farm._settings, farm._open, farm._wake = books, FarmSettings("books"), {}, asyncio.Event()
-    farm._stopping, farm._events, farm._tasks = False, {}, set()
+    farm._stopping, farm._events, farm._tasks, farm._held_back = False, {}, set(), set()
     farm._pool = SimpleNamespace(hands={}, lenders=list, problem="", close=lambda: None)  # type: ignore[assignment]
     return farm
 
@@ -258,6 +258,23 @@ def test_a_pause_stops_the_work_even_where_it_cannot_be_written_yet(store: Troub
         render.saved.set()
         await ends
         assert read(store) == {"a": "paused"}
+
+    asyncio.run(pauses())
+
+
+def test_what_is_to_be_paused_is_not_begun_while_the_books_do_not_take_it(store: Trouble) -> None:
+    async def pauses() -> None:
+        farm = farm_on(await opened(store))
+        await farm._submit(order())
+        assert [one.render_id for one in farm._queue()] == ["a"]
+        store.error = StoreError("no answer")
+        with pytest.raises(TransientError, match="cannot be written now"):
+            await farm._change("a", "paused")
+        assert farm._queue() == []
+        store.error = None
+        await eventually(lambda: read(store) == {"a": "paused"})
+        assert (await farm._change("a", "queued")).phase == "queued"
+        assert [one.render_id for one in farm._queue()] == ["a"]
 
     asyncio.run(pauses())
 
