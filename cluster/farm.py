@@ -590,12 +590,13 @@ class Farm:
             return Changed(time.time(), phase, "on request", exit_code)
 
         async def end() -> None:
-            self._held_back.add(render_id)
             try:
                 await self._books.write(render_id, decide)
             finally:
                 self._held_back.discard(render_id)
 
+        # At once: before the next turn, which may begin it.
+        self._held_back.add(render_id)
         if (one := self._open.get(render_id)) is not None:
             one.ending, one.borrower.paused = phase, True
             await one.render.stop(exit_code)
