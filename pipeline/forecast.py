@@ -43,8 +43,8 @@ from pipeline.tasks import CommitRecord, Order, Produced, Role, Task, TaskKind
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 DRAWS = ((1000, 5), (3000, 3))
-"""How often the moments at which spot nodes go are drawn anew, by the number of tasks; once for still more: chance evens
-out over a long film, and each course takes its seconds.
+"""How often the moments at which spot nodes go are drawn anew, by the number of tasks; once for still more: chance
+evens out over a long film, and each course takes its seconds.
 """
 SAVED: tuple[TaskKind, ...] = ("segment", "window")
 """Kinds that go on from their last saved step."""
