@@ -29,6 +29,7 @@ def check_address(address: str, *, insecure: bool = False) -> None:
 
     A dashboard's address (http, https) is asked without a token, too: it must refuse that.
     """
+    _check_form(address)
     if is_loopback(address):
         return
     if insecure:
@@ -41,6 +42,15 @@ def check_address(address: str, *, insecure: bool = False) -> None:
         message = "the cluster answers without a token: whoever reaches it can run code there"
         remedy = "Start it with RAY_AUTH_MODE=token on every node; or say --insecure."
         raise SettingError(message, field="--address", value=address, remedy=remedy)
+
+
+def _check_form(address: str) -> None:
+    place = re.sub(r"^[a-z]+://", "", address).split("/")[0]
+    host, port = re.fullmatch(r"(.*?)(?::([^:\]]*))?", place, re.DOTALL).groups()  # type: ignore[union-attr]
+    is_port = port is None or (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536)
+    if not host or not is_port or re.search(r"\s", address):
+        remedy = "Write HOST:PORT, or http://HOST:PORT of its dashboard."
+        raise SettingError("is no address of a cluster", field="--address", value=address, remedy=remedy)
 
 
 def check_listens(address: str) -> None:

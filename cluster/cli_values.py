@@ -8,6 +8,11 @@ from __future__ import annotations
 import argparse
 from datetime import datetime
 
+MOST_THINGS = 4096
+"""As in `longtake manifest`. A plan for a billion GPUs would never be printed."""
+MOST = 1e9
+"""Dollars, GB, minutes."""
+
 
 def name_list(text: str) -> list[str]:
     """`A,B`."""
@@ -15,15 +20,20 @@ def name_list(text: str) -> list[str]:
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
-    return int(text)
+    """How many: GPUs, workers, threads, takes."""
+    return _whole(text, 1)
 
 
 def count(text: str) -> int:
-    """A whole number, 0 included."""
-    return 0 if text == "0" else positive(text)
+    """How many, 0 included."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    # The length first: int() refuses thousands of digits in words of its own.
+    if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= MOST_THINGS:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} to {MOST_THINGS}")
+    return int(text)
 
 
 def duration_s(text: str) -> float:
@@ -74,6 +84,8 @@ def gpu_type(text: str) -> str:
     """`H200`, `NVIDIA H200`."""
     from cluster.paces import short_name
 
+    if not any(character.isascii() and character.isalnum() for character in text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no GPU type, such as h200")
     return short_name(text)
 
 
@@ -82,6 +94,6 @@ def _above_zero(text: str, wanted: str) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf"):
+    if not 0 < number < MOST:
         raise argparse.ArgumentTypeError(f"{text} is no {wanted}")
     return number

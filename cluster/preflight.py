@@ -47,11 +47,12 @@ def check_before_rendering(recipe: Recipe, plan: Plan, store: Store, left: Seque
 def check_writable(target: Path, field: str = "output.path") -> None:
     """Whether a file can be put at `target`, which `field` names. Raises SettingError."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(None, "is a folder")
+        # Nothing is left behind by a command that is refused after this, for another reason.
+        there = next(place for place in target.absolute().parents if place.exists())
         # As long as the name that a film has while it is copied.
-        probe = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        probe = there / f".{target.name}.{secrets.token_hex(4)}.partial"
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from cluster.probe import with_home
 from cluster.render import STOP_CODES, RenderRequest, render
 from pipeline.cron import parse_cron
-from pipeline.errors import Interrupted, LongtakeError, LostError, SettingError, TransientError
+from pipeline.errors import CorruptArtifact, Interrupted, LongtakeError, LostError, SettingError, TransientError
 from pipeline.recurring import (
     Added,
     Definition,
@@ -83,7 +84,7 @@ def add_schedule(
         cron=parse_cron(cron, time_zone),
         storyboard=with_checkpoint(with_home(load_template(film))),
         # A farm, or a clock elsewhere, has another folder to be in.
-        renders=open_store(renders).url,
+        renders=_open(renders, "--renders").url,
         overlap=overlap,
         rows=read_rows(rows) if rows is not None else (),
         folder=str(Path.cwd()),
@@ -97,7 +98,7 @@ def add_schedule(
             raise SettingError("is on the schedule already", field="schedule", value=name, remedy=remedy)
         return Added(now_s, definition)
 
-    _append(ScheduleLog(open_store(place), name), add)
+    _append(ScheduleLog(_open(place), name), add)
     print(f"{name}: next {_moment(_next_s(definition, now_s), definition)}")
     return 0
 
@@ -126,7 +127,7 @@ def remove_schedule(place: str, name: str) -> int:
             raise _unknown(name)
         return Removed(time.time())
 
-    _append(ScheduleLog(open_store(place), name), remove)
+    _append(ScheduleLog(_open(place), name), remove)
     print(f"{name}: removed")
     return 0
 
@@ -136,7 +137,7 @@ def run_now(place: str, name: str, runner: Runner | None) -> int:
 
     Without a runner it is only claimed: whoever has the schedule's clock renders it.
     """
-    log = _known(open_store(place), name)
+    log = _known(_open(place), name)
     state = log.state
     if not (state.open_runs and not state.open_runs[0].submitted):
         _append(log, lambda state: claim_by_hand(state, time.time()))
@@ -158,10 +159,13 @@ def tick(place: str, name: str | None, runner: Runner) -> int:
     """What is due now, of one schedule or of all. Exit code of the first that failed; AGAIN if that was an error which
     may pass: then the run stays open, and the next tick goes on with it.
     """
-    store, failed = open_store(place), 0
+    store, failed = _open(place), 0
     for schedule_id in [name] if name is not None else schedule_ids(store):
         try:
             code = _tick_one(store, schedule_id, runner)
+        except CorruptArtifact as error:
+            print(f"{schedule_id}: {error}")
+            code = error.exit_code
         except (TransientError, LostError) as error:
             print(f"{schedule_id}: {error}")
             code = AGAIN
@@ -194,10 +198,9 @@ def _say_other_name(run: Run) -> None:
 
 def print_schedules(place: str, name: str | None, *, as_json: bool) -> int:
     """All schedules, or the history of one."""
-    store = open_store(place)
+    store = _open(place)
     if name is None:
-        logs = [ScheduleLog(store, schedule_id) for schedule_id in schedule_ids(store)]
-        rows = [_summary(log.id, log.refresh()) for log in logs]
+        rows = [_summary(ScheduleLog(store, schedule_id)) for schedule_id in schedule_ids(store)]
     else:
         rows = _history(_known(store, name))
     if as_json:
@@ -209,10 +212,27 @@ def print_schedules(place: str, name: str | None, *, as_json: bool) -> int:
     return 0
 
 
+def _open(place: str, flag: str = "--schedules") -> Store:
+    with _of_schedules(None, flag):
+        return open_store(place)
+
+
+@contextmanager
+def _of_schedules(place: str | None, flag: str = "--schedules") -> Iterator[None]:
+    """What is wrong with a store, told of the flag that named it."""
+    try:
+        yield
+    except SettingError as error:
+        if error.field != "--store":
+            raise
+        raise SettingError(error.message, field=flag, value=place or error.value, remedy=error.remedy) from error
+
+
 def _known(store: Store, name: str) -> ScheduleLog:
     """The log of a schedule that is or was there. Raises SettingError."""
     log = ScheduleLog(store, name)
-    log.refresh()
+    with _of_schedules(store.url):
+        log.refresh()
     if not log.entries:
         raise _unknown(name)
     return log
@@ -225,18 +245,23 @@ def _unknown(name: str) -> SettingError:
 
 def _append(log: ScheduleLog, make: Callable[[State], Entry]) -> None:
     """Append what the present state makes of it; again if somebody else was first."""
-    log.refresh()
-    while not log.append(make(log.state)):
-        pass
+    with _of_schedules(log.store.url):
+        log.refresh()
+        while not log.append(make(log.state)):
+            pass
 
 
-def _summary(name: str, state: State) -> dict[str, Any]:
+def _summary(log: ScheduleLog) -> dict[str, Any]:
+    try:
+        state = log.refresh()
+    except CorruptArtifact as error:
+        return {"schedule": log.id, "state": f"damaged: {error}"}
     definition, now_s = state.definition, time.time()
     if definition is None:
-        return {"schedule": name, "state": "removed", "runs": len(state.runs)}
+        return {"schedule": log.id, "state": "removed", "runs": len(state.runs)}
     next_s = None if state.exhausted else _next_s(definition, max(now_s, state.since_s))
     return {
-        "schedule": name,
+        "schedule": log.id,
         "state": "used up" if state.exhausted else "running" if state.open_runs else "waiting",
         "cron": definition.cron.expression,
         "zone": definition.cron.time_zone,

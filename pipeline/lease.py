@@ -8,6 +8,7 @@ clocks: on this host by its process, elsewhere by watching whether its heartbeat
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def lease_path(epoch: int) -> str:
 def last_holder(store: Store) -> LeaseHolder | None:
     """Who took the last lease, None if nobody ever did. One that cannot be read counts as released."""
     names = {file.path.removeprefix("lease/") for file in store.list("lease")}
-    epochs = [int(name[:8]) for name in names if name.endswith(".json")]
+    epochs = [int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name)]
     if not epochs:
         return None
     epoch = max(epochs)

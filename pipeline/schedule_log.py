@@ -18,14 +18,14 @@ class ScheduleLog:
         self.id = schedule_id
         self.state = State()
         self.entries: list[Entry] = []
-        self._store = store
+        self.store = store
 
     def refresh(self) -> State:
         """Read on to the end."""
         if not self.entries:
             # Many at once; what was written since is read one by one.
-            numbers = range(1, len(self._store.list(self.id)) + 1)
-            for path, data in self._store.read_many(self._path(number) for number in numbers):
+            numbers = range(1, len(self.store.list(self.id)) + 1)
+            for path, data in self.store.read_many(self._path(number) for number in numbers):
                 if data is None:
                     break
                 self._take(self._whole(path, data))
@@ -35,7 +35,7 @@ class ScheduleLog:
 
     def append(self, entry: Entry) -> bool:
         """Write the next entry. False if somebody else was first; what they wrote has been read then."""
-        if self._store.create_if_absent(self._path(len(self.entries) + 1), seal(entry_to_json(entry))):
+        if self.store.create_if_absent(self._path(len(self.entries) + 1), seal(entry_to_json(entry))):
             self._take(entry)
             return True
         self.refresh()
@@ -48,15 +48,16 @@ class ScheduleLog:
     def _read(self, number: int) -> Entry | None:
         path = self._path(number)
         try:
-            return self._whole(path, self._store.read(path))
+            return self._whole(path, self.store.read(path))
         except FileNotFoundError:
             return None
 
     def _whole(self, path: str, data: bytes) -> Entry:
         try:
             return entry_from_json(unseal(data))
-        except TornRecord as error:
-            raise corrupt(path, str(error)) from error
+        except (TornRecord, KeyError, TypeError) as error:
+            remedy = "Check that --schedules names the folder of schedules, and no other."
+            raise corrupt(path, f"holds no entry of a schedule ({error}). {remedy}") from error
 
     def _path(self, number: int) -> str:
         return f"{self.id}/{number:08d}.json"

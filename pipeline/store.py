@@ -135,7 +135,7 @@ def open_store(url: str | Path) -> Store:
     Object stores take credentials and endpoints from the usual environment variables (AWS_*, GOOGLE_*,
     AZURE_*).
     """
-    text = str(url)
+    text = os.path.expanduser(str(url))
     scheme = urlsplit(text).scheme if "://" in text else ""
     if scheme in OBJECT_SCHEMES:
         parts, remedy = urlsplit(text), f"Write {scheme}://BUCKET/FOLDER"
@@ -148,12 +148,15 @@ def open_store(url: str | Path) -> Store:
         from pipeline.object_store import ObjectStore
 
         return ObjectStore(text)
-    if scheme == "file":
-        return LocalStore(Path(unquote(urlsplit(text).path)))
+    if scheme == "file" and not urlsplit(text).netloc:
+        text, scheme = unquote(urlsplit(text).path), ""
     if scheme:
         raise SettingError(
             "unknown kind of store", field="--store", value=text, remedy="Use a path, s3://, gs:// or az://."
         )
+    if not text:
+        # Not this folder: `--renders "$PLACE"` of a variable that is not set.
+        raise SettingError("is empty", field="--store", value=str(url), remedy="Name a folder or an address.")
     return LocalStore(Path(text))
 
 

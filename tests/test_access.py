@@ -171,3 +171,17 @@ def test_the_flag_has_to_be_spelled_out(
     main(["render", "film.yaml", "--address", "203.0.113.9:6379"])
     main(["render", "film.yaml", "--address", "203.0.113.9:6379", "--insecure"])
     assert seen == [False, True]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", ":6379", "http://", "127.0.0.1:-1", "127.0.0.1:0", "127.0.0.1:99999", "http://127.0.0.1:1x", "a b:1", "[::]:"],
+)
+def test_what_is_no_address_is_refused_before_anything_is_asked(address: str) -> None:
+    with pytest.raises(SettingError, match="is no address of a cluster"):
+        check_address(address, insecure=True)
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1", "[::1]", "[::1]:6379", "::1:6379", "https://ray.example/x"])
+def test_other_addresses_are_let_through(address: str) -> None:
+    check_address(address, insecure=True)

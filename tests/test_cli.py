@@ -211,7 +211,20 @@ def test_the_command_line_takes_what_the_storyboard_does(here: Path, capsys: pyt
             weights(f"--{name.replace('_', '-')}", value)
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "24GB"])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--gpus", "9" * 20), ("--gpus", "9" * 5000), ("--gpus", "²"), ("--takes", "4097"), ("--gpu-type", "ü")],
+)
+def test_numbers_and_names_beyond_sense_are_refused_at_once(
+    here: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "film.yaml", flag, value])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and flag in error and value in error
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "1e300", "24GB"])
 def test_a_card_of_no_size_is_refused(here: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["plan", write(storyboard(OFFICIAL)), f"--card-gb={size}"])

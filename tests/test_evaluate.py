@@ -143,6 +143,14 @@ def test_a_place_that_cannot_be_written_is_named_before_measuring(
         assert "--out: cannot be written" in said and str(out) in said
 
 
+def test_a_checkpoint_that_is_none_leaves_no_folder_for_its_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(tmp_path), "--out", str(tmp_path / "new" / "results")]) == 2
+    assert "checkpoint" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_the_command_repeats_itself(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

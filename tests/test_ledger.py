@@ -195,6 +195,14 @@ def test_a_holder_elsewhere_is_live_only_if_its_heartbeat_moves(store: LocalStor
     assert store.head(beat_path(1)) is not None
 
 
+def test_a_stray_file_among_the_leases_is_none(store: LocalStore) -> None:
+    for name in ("note.json", "00000009.json.bak", "000000099.json"):
+        store.put_replace(f"lease/{name}", b"x")
+    ledger = Ledger(store)
+    assert ledger.holder() is None
+    assert ledger.take_lease() == 1
+
+
 def test_a_released_lease_is_taken_without_waiting(store: LocalStore) -> None:
     _ledger(store, "there").release_lease()
     slept: list[float] = []

@@ -12,6 +12,7 @@ import yaml
 from cluster.cli import main
 from cluster.render import RenderRequest
 from pipeline.errors import StoreError
+from pipeline.records import seal
 
 FILM = "title: ${date}\nseed: ${counter}\nshots:\n  - {duration: 2s, prompt: 'a ${colour} circle'}\n"
 
@@ -197,6 +198,41 @@ def test_files_are_those_of_the_folder_in_which_it_was_added(
     [made] = renderer.films
     assert (made["shots"][0]["image"], made["checkpoint"]) == (str(here / "red.png"), str(here / "weights"))
     assert made["output"] == {**made["output"], "path": "out.mp4", "soundtrack": str(here / "wind.wav")}
+
+
+def test_a_damaged_schedule_is_shown_and_holds_up_no_other(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.schedules.time.time", lambda: 1_795_700_000.0)
+    assert add() == 0
+    for name, text in (("a", "torn"), ("lease", seal({"epoch": 1}).decode())):
+        Path("schedules", name).mkdir()
+        Path("schedules", name, "00000001.json").write_text(text)
+    rows = {row["schedule"]: row["state"] for row in listed(capsys)}
+    assert rows["news"] == "waiting"
+    assert all("no entry of a schedule" in rows[name] and "--schedules" in rows[name] for name in ("a", "lease"))
+    assert main(["schedule", "list", "lease"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setattr("cluster.schedules.time.time", lambda: 1_795_800_000.0)
+    assert main(["schedule", "tick"]) == 1
+    assert len(renderer.films) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "place", "words"),
+    [
+        ("--schedules", "", "is empty"),
+        ("--renders", "", "is empty"),
+        ("--schedules", "ftp://x", "unknown kind"),
+        ("--schedules", "film.yaml", "Not a directory"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_with_its_flag(
+    renderer: Renderer, capsys: pytest.CaptureFixture[str], flag: str, place: str, words: str
+) -> None:
+    assert add(flag, place) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"longtake: {flag}: ") and words in error and place in error
 
 
 def test_adding_twice_is_refused(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:

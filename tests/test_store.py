@@ -148,9 +148,21 @@ def test_stores_travel_to_other_processes(tmp_path: Path) -> None:
     assert open_store((tmp_path / "render").as_uri()).read("a.json") == b"a"
 
 
-def test_an_unknown_kind_of_store_is_refused() -> None:
+@pytest.mark.parametrize("address", ["ftp://host/render", "file://host/render"])
+def test_an_unknown_kind_of_store_is_refused(address: str) -> None:
     with pytest.raises(SettingError, match="unknown kind of store"):
-        open_store("ftp://host/render")
+        open_store(address)
+
+
+@pytest.mark.parametrize("address", ["", "file://"])
+def test_a_store_without_a_name_is_not_the_present_folder(address: str) -> None:
+    with pytest.raises(SettingError, match="is empty"):
+        open_store(address)
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_store("~/render").url == str(tmp_path / "render")
 
 
 @pytest.mark.parametrize("address", ["s3://AKIA:hushhush@films/one", "az://films/one?sig=hushhush"])
