@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.progress import PHASES
-from pipeline.forecast import DRAWS, SIZES, Fleet, Forecast, forecast, smallest
+from pipeline.forecast import SIZES, Fleet, Forecast, forecast, smallest
 from pipeline.pace import NODE_S, Pace
 from pipeline.plan import Plan
 from pipeline.prices import load_prices
@@ -88,6 +88,7 @@ class Outlook:
             "cost": self._cost(one),
             "nodes_lost": one.nodes_lost,
             "slowest_s": one.slowest_s,
+            "draws": one.draws,
             "busy": one.busy,
             "workers_used": one.workers_used,
             "limit": one.limit(),
@@ -122,13 +123,13 @@ class Outlook:
     def _spot_lines(self) -> list[str]:
         if self.cluster is None or not self._has_spot:
             return []
-        fleet, spot_type = self.forecasts[self.chosen].fleet, f"{self.cluster.gpu_type}-spot"
+        chosen, spot_type = self.forecasts[self.chosen], f"{self.cluster.gpu_type}-spot"
         price = f"no price is known, name `{spot_type}` with --prices; counted like the others"
         if self.spot_price_per_hour is not None:
             price = f"${self.spot_price_per_hour:.2f} a GPU and hour"
         life = f"each node taken away after {hms(self.cluster.spot_life_s)} on average"
-        drawn = f"times are the middle and the longest of {DRAWS} courses"
-        return [f"{fleet.spot} of them spot, {self.cluster.gpus_per_node} a node ({price}; {life}; {drawn})"]
+        drawn = f"{chosen.draws} course(s) drawn: time is the middle one, at most the longest"
+        return [f"{chosen.fleet.spot} of them spot, {self.cluster.gpus_per_node} a node ({price}; {life}; {drawn})"]
 
     def _size_lines(self) -> list[str]:
         spot = ["at most", "nodes lost"] if self._has_spot else []

@@ -42,8 +42,10 @@ from pipeline.pace import Pace
 from pipeline.tasks import CommitRecord, Order, Produced, Role, Task, TaskKind
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-DRAWS = 5
-"""How often the moments at which spot nodes go are drawn anew."""
+DRAWS = ((1000, 5), (3000, 3))
+"""How often the moments at which spot nodes go are drawn anew, by the number of tasks; once for still more: chance
+evens out over a long film, and each course takes its seconds.
+"""
 SAVED: tuple[TaskKind, ...] = ("segment", "window")
 """Kinds that go on from their last saved step."""
 
@@ -115,6 +117,7 @@ class Forecast:
     """Spot nodes that were taken away; on average, where several courses were drawn."""
     slowest_s: float = 0.0
     """The longest makespan of all that were drawn."""
+    draws: int = 1
 
     @property
     def busy(self) -> float:
@@ -155,13 +158,15 @@ def forecast(
 ) -> Forecast:
     """Run the rest of a render. `tasks` have their `work`; `commits` are what is done already.
 
-    With spot nodes DRAWS times: the course of median length.
+    With spot nodes several times: the course of median length.
     """
-    draws = DRAWS if fleet.spot and fleet.life_s < math.inf else 1
+    left = len(tasks) - len(commits)
+    several = next((draws for most, draws in DRAWS if left <= most), 1)
+    draws = several if fleet.spot and fleet.life_s < math.inf else 1
     courses = [_Simulation(tasks, commits, pace, fleet, draw).run(film_frames) for draw in range(draws)]
     courses.sort(key=lambda one: one.makespan_s)
     lost = sum(one.nodes_lost for one in courses) / draws
-    return replace(courses[draws // 2], nodes_lost=lost, slowest_s=courses[-1].makespan_s)
+    return replace(courses[draws // 2], nodes_lost=lost, slowest_s=courses[-1].makespan_s, draws=draws)
 
 
 def smallest(done_in: Callable[[int], float], limit_s: float, most: int) -> int | None:

@@ -1,22 +1,24 @@
 """Small pictures for the report page as inline SVG: curves over time, marks along the film, bars of tasks.
 
 Every function gives one `<svg>` element that scales with the page and needs nothing but itself; `words` say what it
-shows to who cannot see it. Numbers that
-are not finite are refused by the caller: what is plotted was measured.
+shows to who cannot see it. Numbers that are not finite are refused by the caller: what is plotted was measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import accumulate
 
 from pipeline.measure import Floats
+from pipeline.times import hms
 
 WIDTH, HEIGHT = 360, 130
 WIDE, ROW = 1120, 18
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 8, 8, 20
 _MARK_PX = 4
+PAUSE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def _between(height: float, top: float) -> float:
 
 def bar_chart(bars: Sequence[Bar]) -> str:
     """Work over time, one row for each worker in the order of first appearance, more where its work overlaps."""
+    bars, pauses = _without_pauses(bars)
     lanes = _lanes(bars)
     last_s = max((bar.stop_s for bar in bars), default=0.0) or 1.0
     height = _TOP + ROW * len(lanes) + _BOTTOM
@@ -104,8 +107,29 @@ def bar_chart(bars: Sequence[Bar]) -> str:
             y = _TOP + ROW * i + 2
             body += f'<rect class="{escape(bar.style)}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 4}">'
             body += f"<title>{escape(bar.words)}</title></rect>"
-    body += _time_axis("time since the first task began", last_s, left, WIDE, height)
+    for at_s, length_s in pauses:
+        x = left + at_s * scale
+        body += f'<g><title>nothing ran for {hms(length_s)}</title>{_line(x, _TOP, x, height - _BOTTOM, "limit")}</g>'
+    words = "time since the first task began" + (", less pauses (dashed)" if pauses else "")
+    body += _time_axis(words, last_s, left, WIDE, height)
     return _svg(WIDE, height, body, "Tasks over time")
+
+
+def _without_pauses(bars: Sequence[Bar]) -> tuple[list[Bar], list[tuple[float, float]]]:
+    """The bars moved together where nothing ran for more than PAUSE_SHARE of the time in which something did, as over
+    night, and (where, how long) of each such pause.
+    """
+    ordered = sorted(bars, key=lambda bar: bar.start_s)
+    ended_s = list(accumulate((bar.stop_s for bar in ordered), max))
+    gaps_s = [max(0.0, bar.start_s - before_s) for bar, before_s in zip(ordered[1:], ended_s, strict=False)]
+    ran_s = (ended_s[-1] - ordered[0].start_s if bars else 0.0) - sum(gaps_s)
+    left_out_s, moved, pauses = 0.0, ordered[:1], []
+    for bar, gap_s in zip(ordered[1:], gaps_s, strict=True):
+        if gap_s > PAUSE_SHARE * ran_s:
+            left_out_s += gap_s
+            pauses.append((bar.start_s - left_out_s, gap_s))
+        moved.append(replace(bar, start_s=bar.start_s - left_out_s, stop_s=bar.stop_s - left_out_s))
+    return moved, pauses
 
 
 def _lanes(bars: Sequence[Bar]) -> list[tuple[str, list[Bar]]]:

@@ -260,3 +260,14 @@ def test_tasks_that_run_side_by_side_are_not_drawn_over_each_other() -> None:
     assert sorted(rows.values()) == [2, 2, 2, 2, 2]
     names = re.findall(r'class="right">([^<]+)<', drawn)
     assert len(set(names)) == 4
+
+
+def test_a_night_between_two_runs_does_not_make_the_bars_thin() -> None:
+    runs = [(0.0, 40.0), (45.0, 100.0), (50_000.0, 50_060.0), (50_070.0, 50_100.0)]
+    drawn = bar_chart([Bar("window a", *run, "window", "a") for run in runs])
+    assert "nothing ran for 13:51:40" in drawn and drawn.count("nothing ran") == 1
+    assert "less pauses (dashed)" in drawn and ">3:20<" in drawn
+    widths = [float(width) for width in re.findall(r'width="([\d.]+)" height', drawn)]
+    assert min(widths) > 100
+    through = bar_chart([Bar("window a", *run, "window", "a") for run in runs[:2]])
+    assert "nothing ran" not in through and ">1:40<" in through
