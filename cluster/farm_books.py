@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from pipeline.errors import LeaseLost, LongtakeError, SettingError, TransientError, UserError
 from pipeline.lease import LeaseHeld, place_of
 from pipeline.ledger import Ledger
+from pipeline.records import seal
 from pipeline.store import Store
-from pipeline.submissions import Entry, SubmissionBook, SubmissionState, UsageBook
+from pipeline.submissions import Entry, SubmissionBook, SubmissionState, UsageBook, entry_to_json
 
 log = logging.getLogger("longtake.farm")
 T = TypeVar("T")
@@ -87,7 +88,13 @@ class FarmBooks:
         async with self._writing:
             entry = decide(self.states.get(render_id))
             if entry is not None:
-                await self._until_it_works(lambda: self._book.add(render_id, entry))
+                # What is no record at all is refused here: it would be tried for ever, and all others wait behind it.
+                seal(entry_to_json(entry))
+                await self._until_it_works(lambda: self._add(render_id, entry))
+
+    def _add(self, render_id: str, entry: Entry) -> None:
+        self._ledger.check_lease()
+        self._book.add(render_id, entry)
 
     async def ask(self, render_id: str, decide: Decide) -> None:
         """`write` for somebody who waits."""

@@ -317,8 +317,11 @@ def _start_farm(store: str | None = None, device: str = "auto", **wishes: Any) -
 
     from cluster.farm import FarmSettings, farm_actor, running_farm
 
+    there = None
     with contextlib.suppress(SettingError):
         there = running_farm()
+    if there is not None:
+        # Whatever is wrong with it now: it may have worked for days, and somebody's renders are in its queue.
         return Ask(there)(there.hello.remote())
     url = books_url(store)
     if device == "auto":

@@ -60,6 +60,8 @@ from pipeline.tasks import ArtifactFile, CommitRecord
 
 MAX_PAUSE_S = 60.0
 MOST_GENERATIONS = 1000
+_NO_TRY = 0, b""
+"""The epoch and the bytes of a lease that was asked for."""
 T = TypeVar("T")
 
 
@@ -203,6 +205,7 @@ class Ledger:
     ) -> None:
         self.store = store
         self.epoch = 0
+        self._tried = _NO_TRY
         self._clock, self._sleep = clock, sleep
         self._outage_s, self._on_wait = outage_s, on_wait
         self._owner = owner or this_process()
@@ -225,12 +228,17 @@ class Ledger:
         A holder on another host is watched for `watch_s`: it is live if its heartbeat moves.
         """
         before = self.holder()
-        if before is not None:
+        epoch = before.epoch + 1 if before else 1
+        if before is not None and before.epoch == self._tried[0]:
+            # Our own last try: its answer was lost.
+            epoch = before.epoch
+        elif before is not None:
             watch = partial(refuse_if_live, self.store, before, self._owner, watch_s=watch_s, sleep=self._sleep)
             self._patiently(watch)
-        epoch = before.epoch + 1 if before else 1
-        data = lease_record(epoch, self._owner, secrets.token_hex(8), self._clock(), fresh=fresh)
-        if not self._create(lease_path(epoch), data):
+        if epoch != self._tried[0]:
+            self._tried = epoch, lease_record(epoch, self._owner, secrets.token_hex(8), self._clock(), fresh=fresh)
+        if not self._create(lease_path(epoch), self._tried[1]):
+            self._tried = _NO_TRY
             raise SettingError("another render was started here just now", field="--store", value=self.store.url)
         if self._patiently(lambda: self.store.create_if_absent(lease_path(epoch), b"")):
             raise SettingError(
@@ -239,7 +247,7 @@ class Ledger:
                 value=self.store.url,
                 remedy="It must support conditional writes (If-None-Match).",
             )
-        self.epoch = epoch
+        self.epoch, self._tried = epoch, _NO_TRY
         if fresh:
             self._cut = epoch
         return epoch

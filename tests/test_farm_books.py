@@ -51,7 +51,7 @@ class Trouble(LocalStore):
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.farm_books.AGAIN_S", 0.02)
-    monkeypatch.setattr("cluster.farm_books.ANSWER_S", 0.2)
+    monkeypatch.setattr("cluster.farm_books.ANSWER_S", 0.5)
 
 
 @pytest.fixture
@@ -155,12 +155,27 @@ def test_a_farm_whose_books_were_taken_over_ends_and_writes_nothing(store: Troub
         Ledger(store, owner=ELSEWHERE).take_lease(watch_s=0.0)
         with pytest.raises(LeaseLost):
             await books.keep()
-        assert ended == ["ended"]
+        with pytest.raises(LeaseLost):
+            await books.write("a", submitted)
+        assert ended == ["ended", "ended"] and read(store) == {}
 
     asyncio.run(loses())
 
 
-def test_two_orders_at_the_same_time_are_one(store: Trouble) -> None:
+def test_an_order_that_is_no_record_is_refused_and_holds_up_no_other(store: Trouble) -> None:
+    async def asks() -> None:
+        books = await opened(store)
+        with pytest.raises(UnicodeEncodeError):
+            await books.ask("b", lambda state: Submitted(1.0, Submission("b", "/renders/b", {}, "\udcff")))
+        await books.ask("a", submitted)
+        assert read(store) == {"a": "queued"}
+
+    asyncio.run(asks())
+
+
+def test_two_orders_at_the_same_time_are_one(store: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.farm_books.ANSWER_S", 10.0)
+
     async def both() -> None:
         farm = farm_on(await opened(store))
         answers = await asyncio.gather(farm._submit(order()), farm._submit(order()))
@@ -178,7 +193,7 @@ def test_a_farm_is_stopped_whatever_its_books_do(store: Trouble, monkeypatch: py
         second = farm_on(FarmBooks(LocalStore(store.root), lambda: None))
         farm = farm_on(await opened(store))
         await second._stop()
-        for trouble in (lambda *about: time.sleep(0.5), lambda *about: store.head("../x")):
+        for trouble in (lambda *about: time.sleep(1.0), lambda *about: store.head("../x")):
             monkeypatch.setattr(store, "put_replace", trouble)
             await farm._stop()
         (lease,) = [file.path for file in store.list("lease") if file.path.endswith(".released")]

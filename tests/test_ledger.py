@@ -203,6 +203,29 @@ def test_a_stray_file_among_the_leases_is_none(store: LocalStore) -> None:
     assert ledger.take_lease() == 1
 
 
+@pytest.mark.parametrize("lost", [{1}, {2}, {1, 2}])
+def test_a_lease_is_ours_though_the_answer_to_our_asking_was_lost(tmp_path: Path, lost: set[int]) -> None:
+    class Mute(LocalStore):
+        asked = 0
+
+        def create_if_absent(self, path: str, data: bytes) -> bool:
+            made, self.asked = super().create_if_absent(path, data), self.asked + 1
+            if self.asked in lost:
+                raise StoreError("no answer")
+            return made
+
+    store = Mute(tmp_path)
+    ledger = Ledger(store, outage_s=0.0)
+    for _ in lost:
+        with pytest.raises(StoreError):
+            ledger.take_lease()
+    assert ledger.take_lease() == 1
+    with pytest.raises(SettingError, match="another render"):
+        Ledger(store).take_lease()
+    with pytest.raises(SettingError, match="another render"):
+        ledger.take_lease()
+
+
 def test_a_released_lease_is_taken_without_waiting(store: LocalStore) -> None:
     _ledger(store, "there").release_lease()
     slept: list[float] = []

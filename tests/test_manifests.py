@@ -323,6 +323,12 @@ def test_the_cron_job_command_reads_the_schedule_from_its_store(
     ScheduleLog(LocalStore(tmp_path), "news.v2").append(Added(0.0, scheduled()))
     [job] = show("cronjob", "news.v2", *flags)
     assert job["metadata"]["name"] == "longtake-news-v2"
+    rows = ({"length": "2s"}, {"length": "3h"}, {"length": "4s"})
+    film = {"shots": [{"duration": "${length}", "prompt": "a red circle"}], "output": {"codec": "ffv1"}}
+    ScheduleLog(LocalStore(tmp_path), "rows").append(Added(0.0, scheduled(id="rows", storyboard=film, rows=rows)))
+    [varied] = show("cronjob", "rows", *flags)
+    asked = [disk_gib(one["spec"]["jobTemplate"]["spec"]["template"]["spec"]) for one in (job, varied)]
+    assert asked[0] < asked[1], "the longest film is not the first"
 
 
 # ray up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 from cluster.manifests.description import TOKEN_PATH, Description, check_shared, to_yaml
@@ -42,7 +43,9 @@ def print_cronjob(description: Description, name: str, schedules: str) -> int:
     if definition is None:
         remedy = f"`longtake schedule add {name} ... --schedules {schedules}` first."
         raise SettingError("is not on the schedule", field="schedule", value=name, remedy=remedy)
-    description = _examined(check_definition(definition, time.time())[0], description)
+    films = check_definition(definition, time.time())
+    longest = max(films, key=lambda film: sum(shot.duration.frames_at(Fraction(30)) for shot in film.shots))
+    description = _examined(longest, description)
     heading = "Its pod needs the right to use the store: a service account, or credentials in its environment."
     print(to_yaml(cron_job(description, definition, schedules), heading), end="")
     return 0

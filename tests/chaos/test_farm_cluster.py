@@ -19,7 +19,10 @@ import psutil
 import pytest
 
 from cluster.cli import main
+from pipeline.lease import Owner
+from pipeline.ledger import Ledger
 from pipeline.records import unseal
+from pipeline.store import LocalStore
 from tests.chaos.farm_place import (
     PRICE,
     TITLES,
@@ -238,6 +241,19 @@ def test_a_stopped_farm_is_followed_by_another_on_the_same_books(place: Place, f
     place.rest(render_id)
     place.check_nothing_redone("handed-on", kept, attempts)
     assert place.film_sha256("handed-on") == films["late"]
+
+
+def test_a_farm_that_lost_its_books_is_left_alone_and_goes_on_when_it_has_them_again(place: Place) -> None:
+    store, before = LocalStore(place.books), place.farm_process().pid
+    Ledger(store, owner=Owner("another-host/boot/space", 1)).take_lease(watch_s=0.0)
+    other = Ledger(store)
+    other.take_lease(watch_s=0.0)
+    until(lambda: place.farm_process().pid != before, "it has started again")
+    # It is there and refuses; whoever wants a farm does not end it for that.
+    place.ask("farm", "start", "--farm-store", str(place.books), "--device", "cpu", code=2)
+    place.ask("list", code=2)
+    other.release_lease()
+    place.rest(place.submit("soon", "given-back"))
 
 
 def test_a_schedule_beside_the_farms_books_has_its_films_made(
