@@ -268,6 +268,7 @@ class Farm:
         )
         await self._books.open()
         self._spawn(self._pool.watch())
+        self._spawn(self._books.beat())
         self._spawn(self._books.keep())
         self._spawn(self._show())
         self._spawn(self._keep_schedules())
@@ -585,7 +586,8 @@ class Farm:
         exit_code = {"paused": 75, "cancelled": 130}[phase]
 
         def decide(state: SubmissionState | None) -> Changed | None:
-            if state is None or state.phase in (phase, "done"):
+            # Only what is under way can be paused: an approval, or a failure, is not forgotten for it.
+            if state is None or state.phase in (phase, "done") or (phase == "paused" and not state.is_open):
                 return None
             return Changed(time.time(), phase, "on request", exit_code)
 

@@ -29,6 +29,9 @@ AGAIN_S = 10.0
 ANSWER_S = 10.0
 """Whoever waits for a store that fails is told so after this."""
 
+WATCH_S = 45.0
+"""Books are opened within this, if it is to work: a farm on another host was watched for its heartbeat meanwhile."""
+
 Decide = Callable[[SubmissionState | None], Entry | None]
 """What to write of a render, seen as it stands when its turn to be written has come; None for nothing. May raise."""
 
@@ -77,8 +80,10 @@ class FarmBooks:
         while not self.are_open:
             if self._problem is not None and isinstance(self._problem, UserError):
                 raise self._problem
-            if self._problem is not None and time.monotonic() - since_s > ANSWER_S:
-                raise TransientError(f"the farm cannot open its books at {self._store.url} yet: {self._problem}")
+            waited_s = time.monotonic() - since_s
+            if waited_s > (WATCH_S if self._problem is None else ANSWER_S):
+                why = self._problem or f"no answer for {waited_s:.0f} s"
+                raise TransientError(f"the farm cannot open its books at {self._store.url} yet: {why}")
             await asyncio.sleep(0.05)
 
     async def write(self, render_id: str, decide: Decide) -> None:
@@ -113,12 +118,17 @@ class FarmBooks:
         message = f"the farm's books at {self._store.url} cannot be written now ({why})"
         raise TransientError(f"{message}; what was asked happens as soon as they can, unless the farm ends before")
 
-    async def keep(self) -> None:
-        """Heartbeats, and what was used, now and then: a farm that is killed forgets the last seconds."""
-        written = UsageBook()
+    async def beat(self) -> None:
+        """Heartbeats, for ever."""
         while True:
             await asyncio.sleep(AGAIN_S)
             await self._fails(self._ledger.renew_lease)
+
+    async def keep(self) -> None:
+        """What was used, written down now and then: a farm that is killed forgets the last seconds."""
+        written = UsageBook()
+        while True:
+            await asyncio.sleep(AGAIN_S)
             now = self.usage.copied()
             if now != written and not await self._fails(partial(now.put, self._store)):
                 written = now

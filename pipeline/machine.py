@@ -602,7 +602,8 @@ class Machine:
         if worker.lent:
             return
         demand = self._current_demand()
-        if not worker.spot and demand.segments >= LONG_CHAIN * demand.chain:
+        long = LONG_CHAIN // 2 if worker.role == "chain" else LONG_CHAIN
+        if not worker.spot and demand.segments >= long * demand.chain:
             roles = {**roles, "chain": stable.get("chain", 0)}
         role = choose_role(worker.role, worker.roles, roles, demand)
         if role is not None and role != worker.role:

@@ -27,7 +27,8 @@ ROLES_FOR_KIND: dict[TaskKind, tuple[Role, ...]] = {
 """Which roles can run a kind of task. Chain and refine workers hold a VAE, so they do the media tasks too."""
 LONG_CHAIN = 8
 """Segments ahead of each chain from which one is taken over from a spot machine: the new worker waits for the running
-segment, about a minute at full size, and the end of a spot machine costs the chain as much.
+segment, about a minute at full size, and the end of a spot machine costs the chain as much. One that has loaded the
+role for it waits for half as many: loading takes part of a minute, too.
 """
 
 

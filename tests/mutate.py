@@ -148,7 +148,7 @@ MUTATIONS = [
              "            self._on_lost()\n", "            pass\n",
              "test_farm_books.py::test_a_farm_whose_books_were_taken_over_ends_and_writes_nothing"),
     Mutation("pause outlives farm", "cluster/farm.py",
-             "            if state is None or state.phase in (phase, \"done\"):\n", "            if True:\n",
+             "            if state is None or state.phase in (phase, \"done\") or", "            if True or",
              "test_farm_books.py::test_a_pause_is_written_before_what_runs_has_ended"),
     Mutation("books fail", "cluster/farm_books.py",
              "            self._problem = problem\n            await asyncio.sleep(AGAIN_S)\n", "            break\n",

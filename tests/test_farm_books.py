@@ -19,7 +19,7 @@ from pipeline.farm import Borrower
 from pipeline.lease import Owner
 from pipeline.ledger import Ledger
 from pipeline.store import LocalStore
-from pipeline.submissions import Changed, Submission, SubmissionBook, SubmissionState, Submitted
+from pipeline.submissions import Changed, Phase, Submission, SubmissionBook, SubmissionState, Submitted
 
 ELSEWHERE = Owner("other-host/boot/space", 1, "mark")
 
@@ -94,8 +94,11 @@ def test_what_the_store_does_not_take_is_written_once_it_does(store: Trouble, er
     async def told() -> None:
         books = await opened(store)
         store.error = error
-        with pytest.raises(TransientError, match=rf"cannot be written now \(.*{error.args[0]}.*as soon as they can"):
+        with pytest.raises(TransientError, match="cannot be written now"):
             await books.ask("a", submitted)
+        await eventually(lambda: books._problem is not None)
+        with pytest.raises(TransientError, match=rf"now \(.*{error.args[0]}.*as soon as they can"):
+            await books.ask("a", lambda state: None)
         assert read(store) == {}
         store.error = None
         await eventually(lambda: read(store) == {"a": "queued"})
@@ -132,6 +135,22 @@ def test_books_that_cannot_be_read_are_tried_again_and_said(store: Trouble) -> N
     asyncio.run(waits())
 
 
+def test_books_whose_reading_hangs_are_said_too(store: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.farm_books.WATCH_S", 0.3)
+    answers = threading.Event()
+    monkeypatch.setattr(store, "list", lambda prefix="": answers.wait(30) and [])
+
+    async def waits() -> None:
+        books = FarmBooks(store, lambda: None)
+        opening = asyncio.create_task(books.open())
+        with pytest.raises(TransientError, match="no answer for"):
+            await books.when_open()
+        answers.set()
+        await opening
+
+    asyncio.run(waits())
+
+
 def test_a_second_farm_is_refused_at_once_and_takes_over_when_the_first_has_ended(store: Trouble) -> None:
     async def both() -> None:
         first = await opened(store)
@@ -154,7 +173,7 @@ def test_a_farm_whose_books_were_taken_over_ends_and_writes_nothing(store: Troub
         # Its process lives, but another host saw no heartbeat.
         Ledger(store, owner=ELSEWHERE).take_lease(watch_s=0.0)
         with pytest.raises(LeaseLost):
-            await books.keep()
+            await books.beat()
         with pytest.raises(LeaseLost):
             await books.write("a", submitted)
         assert ended == ["ended", "ended"] and read(store) == {}
@@ -292,6 +311,18 @@ def test_what_is_to_be_paused_is_not_begun_while_the_books_do_not_take_it(store:
         assert [one.render_id for one in farm._queue()] == ["a"]
 
     asyncio.run(pauses())
+
+
+@pytest.mark.parametrize("phase", ["approval", "failed", "cancelled"])
+def test_what_waits_for_a_person_is_not_paused_but_can_be_cancelled(store: Trouble, phase: Phase) -> None:
+    async def asks() -> None:
+        farm = farm_on(await opened(store))
+        await farm._books.write("a", submitted)
+        await farm._books.write("a", lambda state: Changed(2.0, phase))
+        assert (await farm._change("a", "paused")).phase == phase
+        assert (await farm._change("a", "cancelled")).phase == "cancelled"
+
+    asyncio.run(asks())
 
 
 def test_a_film_that_is_done_before_its_pause_is_done(store: Trouble) -> None:
