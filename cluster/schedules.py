@@ -20,6 +20,7 @@ from cluster.probe import with_home
 from cluster.render import STOP_CODES, RenderRequest, render
 from pipeline.cron import parse_cron
 from pipeline.errors import CorruptArtifact, Interrupted, LongtakeError, LostError, SettingError, TransientError
+from pipeline.lease import LeaseHeld, last_holder, place_of, refuse_if_live, this_process
 from pipeline.recurring import (
     Added,
     Definition,
@@ -38,8 +39,15 @@ from pipeline.schedule_turn import Runner, RunOutcome, advance
 from pipeline.spec import Storyboard, load_template
 from pipeline.store import Store, open_store
 
+WATCH_S = 30.0
 AGAIN = 75
 """Exit code of what goes on when the same command is run again."""
+
+
+class UnderWay(LongtakeError):
+    """Another process renders this run, and says how it ends."""
+
+    exit_code = 0
 
 
 class HereRunner:
@@ -49,12 +57,18 @@ class HereRunner:
         self._outcomes: dict[str, RunOutcome] = {}
 
     def submit(self, run: Run) -> None:
-        """Render it to its end. Raises Interrupted if it is stopped: then it has not been submitted."""
+        """Render it to its end. Raises Interrupted if it is stopped, UnderWay if another process is at it: then it has
+        not been submitted.
+        """
+        check_nobody_renders(run)
         written = run.storyboard().as_written()
         with tempfile.TemporaryDirectory() as folder:
             film = Path(folder) / "storyboard.yaml"
             film.write_text(yaml.safe_dump(written, allow_unicode=True, sort_keys=False))
             code = render(RenderRequest(storyboard=film, store=run.store_url))
+        if code == SettingError.exit_code:
+            # Perhaps because another one has begun just before.
+            check_nobody_renders(run)
         if code in STOP_CODES.values():
             raise Interrupted(f"{run.id} was stopped; the next turn goes on with it", code)
         self._outcomes[run.id] = RunOutcome(code, "")
@@ -65,6 +79,18 @@ class HereRunner:
 
     def cancel(self, run: Run) -> None:
         """Nothing renders beside this process."""
+
+
+def check_nobody_renders(run: Run) -> None:
+    """Raise UnderWay while another process renders a run; one elsewhere is watched for its heartbeat."""
+    store = open_store(run.store_url)
+    holder = last_holder(store)
+    if holder is None:
+        return
+    try:
+        refuse_if_live(store, holder, this_process(), watch_s=WATCH_S, sleep=time.sleep)
+    except LeaseHeld as error:
+        raise UnderWay(f"{run.id} is being rendered by {place_of(holder)}") from error
 
 
 def add_schedule(
@@ -139,14 +165,19 @@ def run_now(place: str, name: str, runner: Runner | None) -> int:
     """
     log = _known(_open(place), name)
     state = log.state
-    if not (state.open_runs and not state.open_runs[0].submitted):
+    is_there = bool(state.open_runs and not state.open_runs[0].submitted)
+    if not is_there:
         _append(log, lambda state: claim_by_hand(state, time.time()))
     run = log.state.open_runs[-1]
     _say_other_name(run)
     if runner is None:
-        print(f"{run.id}: the farm takes it at its next turn")
+        print(f"{run.id}: {'is asked for already; ' if is_there else ''}the farm takes it at its next turn")
         return 0
-    advance(log, time.time(), runner)
+    try:
+        advance(log, time.time(), runner)
+    except UnderWay as error:
+        print(error)
+        return 0
     ended = log.state.runs[run.number].ended
     if ended is None:
         print(f"{run.id}: {'submitted' if log.state.runs[run.number].submitted else 'waits for the run before it'}")

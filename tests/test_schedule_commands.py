@@ -12,7 +12,9 @@ import yaml
 from cluster.cli import main
 from cluster.render import RenderRequest
 from pipeline.errors import StoreError
+from pipeline.ledger import Ledger
 from pipeline.records import seal
+from pipeline.store import LocalStore
 
 FILM = "title: ${date}\nseed: ${counter}\nshots:\n  - {duration: 2s, prompt: 'a ${colour} circle'}\n"
 
@@ -238,3 +240,30 @@ def test_a_place_that_cannot_be_is_told_with_its_flag(
 def test_adding_twice_is_refused(renderer: Renderer, capsys: pytest.CaptureFixture[str]) -> None:
     assert (add(), add()) == (0, 2)
     assert "remove news" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("begins", ["before", "meanwhile"])
+@pytest.mark.parametrize("command", [["tick"], ["run-now", "news"]])
+def test_a_run_that_another_process_renders_is_left_to_it(
+    renderer: Renderer, capsys: pytest.CaptureFixture[str], command: list[str], begins: str
+) -> None:
+    assert add() == 0
+    assert main(["schedule", "run-now", "news", "--farm"]) == 0, "claimed, and not begun"
+    run = capsys.readouterr().out.split("\n")[1].partition(":")[0]
+    other = Ledger(LocalStore(Path.cwd() / "renders" / run))
+
+    def refused(request: RenderRequest) -> int:
+        if begins == "meanwhile":
+            other.take_lease()
+        return 2
+
+    if begins == "before":
+        other.take_lease()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.schedules.render", refused)
+        assert main(["schedule", *command]) == 0
+    assert f"{run} is being rendered by process" in capsys.readouterr().out
+    assert [row.get("exit_code") for row in listed(capsys, "news")] == [None], "it has not ended"
+    other.release_lease()
+    assert main(["schedule", *command]) == 0
+    assert len(renderer.films) == 1 and renderer.stores == [other.store.url]
