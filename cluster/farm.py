@@ -56,6 +56,7 @@ from pipeline.submissions import (
     UsageBook,
     check_render_id,
     same_order,
+    wishes_that_differ,
 )
 from pipeline.tasks import CommitRecord, TaskKind
 
@@ -519,11 +520,17 @@ class Farm:
         def decide(state: SubmissionState | None) -> Submitted | None:
             nonlocal known
             known = state is not None and self._is_there(state, submission)
+            if not known:
+                self._check_store(submission)
             return None if known else Submitted(time.time(), submission)
 
         await self._books.ask(render_id, decide)
         self._wake.set()
-        return self._row(render_id), known
+        row, state = self._row(render_id), self._books.states[render_id]
+        if known and state.is_open and (kept := wishes_that_differ(state.submission, submission)):
+            remedy = "`longtake priority` and `resume` change what can be changed"
+            row = replace(row, message=f"{', '.join(kept)} as before: {remedy}")
+        return row, known
 
     def _is_there(self, state: SubmissionState, submission: Submission) -> bool:
         """Whether nothing is to be done for this order. Raises SettingError where it cannot be taken."""
@@ -536,6 +543,15 @@ class Farm:
         if render_id in self._open:
             raise _still_ending(render_id)
         return False
+
+    def _check_store(self, submission: Submission) -> None:
+        """Raise SettingError if another open render works in its store: the two would lock each other out."""
+        for other_id, state in self._books.states.items():
+            busy = state.is_open or other_id in self._open
+            if busy and other_id != submission.render_id and state.submission.store_url == submission.store_url:
+                remedy = f"`longtake watch {other_id}` follows it; another film wants another --store."
+                place = submission.store_url
+                raise SettingError(f"{other_id} works there", field="--store", value=place, remedy=remedy)
 
     async def _rows(self) -> list[Row]:
         await self._books.when_open()

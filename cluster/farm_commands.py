@@ -10,13 +10,14 @@ import contextlib
 import getpass
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from cluster.download import download_film
 from cluster.placement import device_for
@@ -27,6 +28,9 @@ from cluster.session import open_session
 from pipeline.errors import LongtakeError, SettingError, TransientError, first_line
 from pipeline.store import open_store
 from pipeline.submissions import Adjusted, Hook, Occasion, Phase, Submission, check_priority, render_id_of
+
+if TYPE_CHECKING:
+    from cluster.farm import FarmSettings
 
 T = TypeVar("T")
 ANSWER_S = 120.0
@@ -77,7 +81,20 @@ def start_farm(cluster: Cluster, **wishes: Any) -> int:
     with _connected(cluster):
         settings = _start_farm(**wishes)
     print(f"the farm runs on {settings.device}, its books are in {settings.store_url}")
+    if other := _not_taken(settings, **wishes):
+        print(f"it ran before, with another {', '.join(other)}; `longtake farm stop` first, its queue stays")
     return 0
+
+
+def _not_taken(settings: FarmSettings, store: str | None = None, device: str = "auto", **wishes: Any) -> list[str]:
+    """The flags of `longtake farm start` that a farm which runs has otherwise."""
+    flags = {"threads": "--threads", "most_workers": "--workers", "idle_s": "--idle", "price_hour": "--price"}
+    other = [flag for name, flag in flags.items() if wishes.get(name) not in (None, getattr(settings, name))]
+    if device not in ("auto", settings.device):
+        other.append("--device")
+    if store is not None and books_url(store) != settings.store_url:
+        other.append("--farm-store")
+    return other
 
 
 def stop_farm(cluster: Cluster) -> int:
@@ -109,6 +126,8 @@ def submit(film: RenderRequest, cluster: Cluster, wishes: Wishes, farm_store: st
         words = {"done": "is done already", "queued": "is queued", "running": "is running"}
         words["approval"] = "waits for approval"
         print(f"{row.render_id} {words.get(row.phase, row.phase)}{' (it was submitted before)' if was_there else ''}")
+        if was_there and row.message:
+            print(row.message)
     return watch(row.render_id, cluster, as_json=film.as_json) if watch_it else 0
 
 
@@ -139,12 +158,18 @@ def submission_of(prepared: Prepared, wishes: Wishes) -> Submission:
 def parse_hook(text: str) -> Hook:
     """`[done,failed=]COMMAND` or `[...=]https://...`; without occasions, all. Raises SettingError."""
     names, found, target = text.partition("=")
+    if found and re.fullmatch(r"[a-z]+(,[a-z]+)*", names) and (unknown := set(names.split(",")) - set(OCCASIONS)):
+        remedy = f"Hooks are told of {', '.join(OCCASIONS)}."
+        raise SettingError("is no occasion", field="--on-event", value=", ".join(sorted(unknown)), remedy=remedy)
     occasions = tuple(name for name in OCCASIONS if name in names.split(","))
     if not found or set(names.split(",")) - set(OCCASIONS):
         occasions, target = OCCASIONS, text
     if target.startswith(("http://", "https://")):
         return Hook(occasions, url=target)
     command = tuple(shlex.split(target))
+    if shell := {">", ">>", "<", "|", "&&", "||", ";", "&"} & set(command):
+        remedy = "No shell reads it: name a script, or write sh -c '...'."
+        raise SettingError("is a word of a shell", field="--on-event", value=min(shell), remedy=remedy)
     if not command:
         remedy = f"COMMAND or URL, with {', '.join(OCCASIONS)} and = before it if only some matter."
         raise SettingError("names nothing to call", field="--on-event", value=text, remedy=remedy)
@@ -208,7 +233,8 @@ def watch(render_id: str, cluster: Cluster, *, as_json: bool) -> int:
             time.sleep(WATCH_S)
     row = news.row
     if not as_json:
-        print(f"{row.render_id}: {row.phase}{': ' + row.message if row.message else ''}")
+        message = f"`longtake download {render_id}` fetches the film" if row.phase == "done" else row.message
+        print(f"{row.render_id}: {row.phase}{': ' + message if message else ''}")
     return int(row.exit_code if row.exit_code is not None else 1)
 
 

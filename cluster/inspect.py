@@ -80,7 +80,12 @@ def known_of(plan: Plan, state: LedgerState, title: str) -> Known:
 def _shots(plan: Plan) -> list[Shot]:
     shown = [(shot.first_frame, shot.id) for shot in plan.shots if shot.first_frame is not None]
     bounds = [*sorted(shown), (plan.film_frames, "")]
-    return [Shot(name, start, stop) for (start, name), (stop, _) in pairwise(bounds) if start < stop]
+    fades = {shot.id: shot.fade_frames for shot in plan.shots}
+    return [
+        Shot(name, start, stop, min(fades[name], stop - start - 1))
+        for (start, name), (stop, _) in pairwise(bounds)
+        if start < stop
+    ]
 
 
 def _summary(inspection: Inspection) -> str:

@@ -32,6 +32,8 @@ class Shot:
     id: str
     start: int
     stop: int
+    fade: int = 0
+    """How many at its start it shares with the shot before. Its drift is measured after them."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def inspect_film(film: Path, ffmpeg: Ffmpeg, known: Known | None = None) -> Insp
         table=table,
         found=found,
         drift=measure_drift(table),
-        shot_drift={shot.id: measure_drift(table, slice(shot.start, shot.stop)) for shot in known.shots},
+        shot_drift={shot.id: measure_drift(table, slice(shot.start + shot.fade, shot.stop)) for shot in known.shots},
         seams=score_seams(table, known.seams, found),
         joins=find_joins(table, meter.headings, found),
         faults=find_faults(table),

@@ -205,6 +205,21 @@ def same_order(one: Submission, other: Submission) -> bool:
     return _order(one) == _order(other)
 
 
+def wishes_that_differ(one: Submission, other: Submission) -> list[str]:
+    """The flags of `longtake submit` in which two orders of the same film differ."""
+    flags = {
+        "priority": "--priority",
+        "most_workers": "--gpus",
+        "start_after_s": "--start-after",
+        "done_by_s": "--done-by",
+        "deadline_s": "--deadline",
+        "most_cost": "--max-cost",
+        "allow_mixed": "--allow-mixed",
+        "hooks": "--on-event",
+    }
+    return [flag for name, flag in flags.items() if getattr(one, name) != getattr(other, name)]
+
+
 def _order(submission: Submission) -> tuple[str, int, dict[str, Any]]:
     recipe = {name: part for name, part in submission.recipe.items() if name != "written_at"}
     return submission.store_url, submission.gang, recipe

@@ -233,6 +233,31 @@ def farm_on(books: FarmBooks) -> Farm:
     return farm
 
 
+def test_one_store_has_one_open_render_whatever_it_is_called(store: Trouble) -> None:
+    async def asks() -> None:
+        farm = farm_on(await opened(store))
+        await farm._submit(order())
+        twin = Submission("b", "/renders/a", {"spec": {"title": "A"}})
+        with pytest.raises(SettingError, match="--store: a works there"):
+            await farm._submit(twin)
+        await farm._change("a", "cancelled")
+        assert (await farm._submit(twin))[0].phase == "queued"
+
+    asyncio.run(asks())
+
+
+def test_what_a_repeated_order_wishes_otherwise_is_said(store: Trouble) -> None:
+    async def asks() -> None:
+        farm = farm_on(await opened(store))
+        await farm._submit(order())
+        assert (await farm._submit(order()))[0].message == ""
+        row, known = await farm._submit(order(priority=90, done_by_s=5.0))
+        assert known and row.priority == 50
+        assert row.message.startswith("--priority, --done-by as before")
+
+    asyncio.run(asks())
+
+
 class Running:
     """An open render that ends when it is told to and its own store lets it."""
 

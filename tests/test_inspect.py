@@ -18,7 +18,7 @@ from cluster.inspect import known_of
 from pipeline import media
 from pipeline.errors import InputFileError
 from pipeline.facts import CheckpointFacts, Facts
-from pipeline.inspection import Inspection, inspect_film
+from pipeline.inspection import Inspection, Known, Shot, inspect_film
 from pipeline.inspection_files import frame_table, write_inspection
 from pipeline.known_seams import seams_of
 from pipeline.ledger import LedgerState
@@ -185,3 +185,18 @@ def test_what_is_known_of_a_render_are_its_seams_shots_and_timings() -> None:
     assert known.seams == [Seam(60, "cut")]
     assert [(shot.id, shot.start, shot.stop) for shot in known.shots] == [("one", 0, 60), ("two", 60, 130)]
     assert [(t.kind, t.seconds, t.finished_at_s) for t in known.timings] == [("film", 2.5, 100.0)]
+
+
+def test_a_crossfade_is_no_drift_of_the_shot_that_it_leads_to(tmp_path: Path) -> None:
+    levels = [*np.linspace(40, 200, 12), *[200] * 48]
+    path = encode((np.full((64, 96, 3), level, np.uint8) for level in levels), tmp_path / "faded.mp4")
+    shots = [Shot("cut", 0, 60), Shot("faded", 0, 60, 12)]
+    found = inspect_film(path, media.find_ffmpeg(), Known("", [], shots, []))
+    cut, faded = (found.shot_drift[name]["lightness_mean"].change for name in ("cut", "faded"))
+    assert cut > 20 and faded < 1
+    planned = plan(
+        {"id": "one", "duration": "60f", "prompt": "a"},
+        {"id": "two", "duration": "70f", "prompt": "b", "transition": {"crossfade": "10f"}},
+        refinement="none",
+    )
+    assert known_of(planned, LedgerState(), "").shots == [Shot("one", 0, 50), Shot("two", 50, 120, 10)]

@@ -21,7 +21,7 @@ from cluster.cli_farm import is_farmed
 from cluster.download import download_film
 from cluster.farm import KEPT_RENDERS, UNUSED_S, Farm, FarmSettings, _Events, forget_ended
 from cluster.farm_books import FarmBooks
-from cluster.farm_commands import Cluster, Wishes, parse_hook, submission_of
+from cluster.farm_commands import Cluster, Wishes, _not_taken, parse_hook, submission_of
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
 from cluster.farm_pool import Hand
@@ -194,6 +194,20 @@ def test_hooks_are_commands_or_addresses_for_some_occasions_or_all() -> None:
     assert parse_hook("env A=b notify").command == ("env", "A=b", "notify")
     with pytest.raises(SettingError):
         parse_hook("done=")
+
+
+@pytest.mark.parametrize("text", ["finished=true", "done,lost=true", "done=cat >> told", "true && true"])
+def test_a_hook_for_no_occasion_or_for_a_shell_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="--on-event"):
+        parse_hook(text)
+
+
+def test_a_farm_that_runs_says_which_wishes_it_was_not_started_with(tmp_path: Path) -> None:
+    settings = FarmSettings(str(tmp_path / "books"), most_workers=2, price_hour=1.0)
+    assert _not_taken(settings, store=str(tmp_path / "books"), most_workers=2, price_hour=None) == []
+    assert _not_taken(settings) == []
+    other = _not_taken(settings, store=str(tmp_path / "x"), device="cuda", most_workers=1, price_hour=3.5, idle_s=5.0)
+    assert other == ["--workers", "--idle", "--price", "--device", "--farm-store"]
 
 
 def test_a_farms_render_is_meant_where_a_cluster_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

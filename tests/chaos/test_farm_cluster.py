@@ -130,7 +130,7 @@ def test_three_renders_outlive_their_submitter_and_the_farm_and_end_by_priority(
     assert ended_s == sorted(ended_s)
     place.check_nothing_redone("late", kept, attempts)
     assert {title: place.film_sha256(title) for title in TITLES} == films
-    assert place.ask("watch", ids["soon"]).endswith("done\n"), "exit code 0"
+    assert ": done: `longtake download" in place.ask("watch", ids["soon"]), "exit code 0"
     usage = json.loads(place.ask("usage", "--json"))
     assert usage["ann"]["busy_s"] > 0 and usage["ann"]["cost"] > 0
 
@@ -209,7 +209,7 @@ def test_a_render_is_paused_stops_at_its_cost_goes_on_and_is_downloaded(place: P
 
     place.hooks.faults()
     place.ask("resume", render_id, "--max-cost", "100")
-    assert place.ask("watch", render_id).endswith("done\n"), "exit code 0"
+    assert ": done: `longtake download" in place.ask("watch", render_id), "exit code 0"
     place.check_nothing_redone("paid", kept, attempts)
     place.ask("download", render_id, "--to", "paid.mp4")
     assert sha256_of(place.folder / "paid.mp4") == films["usual"]
