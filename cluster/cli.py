@@ -269,9 +269,12 @@ def _plan(options: argparse.Namespace) -> int:
     from cluster.show import print_plan
 
     cluster, has_spot = None, options.stable_gpus is not None
+    if has_spot and options.gpus is not None and options.stable_gpus > options.gpus:
+        remedy = "They are some of --gpus."
+        raise SettingError("are more than there are", field="--stable-gpus", value=options.stable_gpus, remedy=remedy)
     if options.spot_life is not None and (not has_spot or options.spot_life < LEAST_SPOT_LIFE_S):
         remedy = f"It goes with --stable-gpus and is at least {LEAST_SPOT_LIFE_S / 60:.0f}m."
-        raise SettingError("cannot be used", field="--spot-life", value=f"{options.spot_life:g}s", remedy=remedy)
+        raise SettingError("cannot be used", field="--spot-life", value=f"{options.spot_life / 60:g}m", remedy=remedy)
     if options.gpus or options.gpu_type or options.deadline_s or options.prices or has_spot:
         cluster = Cluster(
             options.gpus,

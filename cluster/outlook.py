@@ -145,7 +145,7 @@ class Outlook:
         if self.cluster.deadline_s is None:
             assert self.fewest is not None
             one = self.forecasts[self.fewest]
-            return [f"more than {self.fewest} GPUs hardly help: {hms(one.makespan_s)}, {self._money(one)}"]
+            return [f"more GPUs than {self.fewest} hardly help: {hms(one.makespan_s)}, {self._money(one)}"]
         wish = f"done by the deadline, {hms(self.cluster.deadline_s)}"
         if self.fewest is None:
             best = min(self.forecasts.values(), key=lambda one: one.slowest_s)

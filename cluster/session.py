@@ -81,6 +81,8 @@ def _joined_session(address: str, gpus: int, insecure: bool) -> Iterator[Session
     except (ConnectionError, RuntimeError, ValueError) as error:
         message = f"cannot join the cluster: {first_line(error)}"
         remedy = "Check `ray status` there."
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            remedy += " A cluster that asks for a token wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here, too."
         raise SettingError(message, field="--address", value=address, remedy=remedy) from error
 
 

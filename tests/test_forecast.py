@@ -286,6 +286,7 @@ def test_plan_without_a_cluster_counts_workers_of_this_machine(
         (["--checkpoint", "someone/else"], "checkpoint"),
         (["--spot-life", "1h"], "--spot-life"),
         (["--stable-gpus", "1", "--spot-life", "60s"], "--spot-life"),
+        (["--gpus", "4", "--stable-gpus", "9"], "--stable-gpus"),
     ],
 )
 def test_plan_refuses_what_it_knows_nothing_of(
