@@ -588,6 +588,7 @@ class Farm:
             if render_id in self._open:
                 raise _still_ending(render_id)
             order = state.submission
+            self._check_store(order)
             return Submitted(time.time(), order.approved() if state.phase == "approval" else order)
 
         state = self._books.states[render_id]

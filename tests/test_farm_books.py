@@ -242,6 +242,8 @@ def test_one_store_has_one_open_render_whatever_it_is_called(store: Trouble) -> 
             await farm._submit(twin)
         await farm._change("a", "cancelled")
         assert (await farm._submit(twin))[0].phase == "queued"
+        with pytest.raises(SettingError, match="--store: b works there"):
+            await farm._change("a", "queued")
 
     asyncio.run(asks())
 
