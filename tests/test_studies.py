@@ -144,7 +144,8 @@ def test_latents_are_handed_on_as_they_are_but_for_the_first(ended: Ended, chain
     given = handoff.latents(chain_models, ended, 13)
     assert given.shape[2] == 4
     assert torch.equal(given[:, :, 1:], ended.latents[:, :, -3:])
-    assert torch.equal(given[:, :, :1], handoff.pixels(chain_models, ended, 13)[:, :, :1])
+    # Of one frame and of thirteen: convolutions of other sizes may sum in another order.
+    torch.testing.assert_close(given[:, :, :1], handoff.pixels(chain_models, ended, 13)[:, :, :1], atol=1e-4, rtol=1e-4)
 
 
 def test_every_hand_off_conditions_the_segment_that_follows(
