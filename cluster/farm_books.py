@@ -8,6 +8,7 @@ takes over as soon as it can. One that has lost its lease has to end (`on_lost`)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -45,7 +46,9 @@ class FarmBooks:
         self._book = SubmissionBook(store)
         self._problem: LongtakeError | None = None
         self._pending: set[asyncio.Task[Any]] = set()
-        self._writing, self._opened = asyncio.Lock(), asyncio.Event()
+        self._writing, self._opened, self._wanted = asyncio.Lock(), asyncio.Event(), asyncio.Event()
+        self._tries = 0
+        """How often opening has failed."""
         self.usage = UsageBook()
 
     @property
@@ -60,7 +63,12 @@ class FarmBooks:
 
     async def open(self) -> None:
         """Take the lease and read everything; tried until it works."""
-        await self._until_it_works(self._open)
+        while (problem := await self._fails(self._open)) is not None:
+            self._problem, self._tries = problem, self._tries + 1
+            self._wanted.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), AGAIN_S)
+        self._problem = None
         self._opened.set()
 
     def _open(self) -> None:
@@ -75,10 +83,11 @@ class FarmBooks:
         self._book = book
 
     async def when_open(self) -> None:
-        """Raises why they cannot be opened: at once what somebody has to mend, else after a while."""
-        since_s = time.monotonic()
+        """Raises why they cannot be opened, after another try; what may pass by itself only after a while."""
+        since_s, tries = time.monotonic(), self._tries
+        self._wanted.set()
         while not self.are_open:
-            if self._problem is not None and isinstance(self._problem, UserError):
+            if self._tries > tries and isinstance(self._problem, UserError):
                 raise self._problem
             waited_s = time.monotonic() - since_s
             if waited_s > (WATCH_S if self._problem is None else ANSWER_S):

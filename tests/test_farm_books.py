@@ -166,6 +166,24 @@ def test_a_second_farm_is_refused_at_once_and_takes_over_when_the_first_has_ende
     asyncio.run(both())
 
 
+def test_whoever_asks_a_refused_farm_hears_how_it_is_now(store: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.farm_books.AGAIN_S", 60.0)
+    monkeypatch.setattr("cluster.farm_books.ANSWER_S", 10.0)
+
+    async def both() -> None:
+        first = await opened(store)
+        second = FarmBooks(LocalStore(store.root), lambda: None)
+        opening = asyncio.create_task(second.open())
+        for _ in range(2):
+            with pytest.raises(SettingError, match="another farm keeps its books here"):
+                await second.when_open()
+        await first.close()
+        await second.when_open()
+        await opening
+
+    asyncio.run(both())
+
+
 def test_a_farm_whose_books_were_taken_over_ends_and_writes_nothing(store: Trouble) -> None:
     async def loses() -> None:
         ended: list[str] = []
