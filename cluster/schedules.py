@@ -40,6 +40,7 @@ from pipeline.spec import Storyboard, load_template
 from pipeline.store import Store, open_store
 
 WATCH_S = 30.0
+"""How long a process on another host is watched for its heartbeat."""
 AGAIN = 75
 """Exit code of what goes on when the same command is run again."""
 

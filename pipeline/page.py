@@ -211,7 +211,7 @@ def _seams(inspection: Inspection) -> str:
     ]
     explained = (
         "How much the change to each frame stands out against the second around it (robust z-score, the largest "
-        f"of six measures). Marks are seams: green ones are unseen, amber ones faint, red ones visible; cuts between "
+        "of six measures). Marks are seams: green ones are unseen, amber ones faint, red ones visible; cuts between "
         "shots are grey; crossfades are meant to stand out and have none. "
         f"The dashed line is z = {VISIBLE_Z:g}. Rank is the share of the film's other frames that stand out less."
     )

@@ -19,6 +19,7 @@ WIDE, ROW = 1120, 18
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 8, 8, 20
 _MARK_PX = 4
 PAUSE_SHARE = 0.5
+"""Of the time in which tasks ran: what a pause has to exceed to be left out."""
 
 
 @dataclass(frozen=True)
