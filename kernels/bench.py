@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.attention import api as attention
+from kernels.attention import reference as attention_reference
 from kernels.block_sparse_attention import reference as bsa_reference
-from kernels.dispatch import dense_attention
+from kernels.dispatch import capability, dense_attention, dense_of_torch, has_gluon
 from kernels.linear import api as linear
 from kernels.linear import reference as linear_reference
 from kernels.modulate import api as modulate
@@ -40,6 +42,14 @@ HEADS, SIZE, WIDTH, INNER = 32, 128, 4096, 11008
 TOKENS_480P, TOKENS_720P = 24 * 30 * 52, 48 * 44 * 80
 SPARSITY, BLOCK = 0.9375, 64
 TEXT_ROWS = 512
+# Batch, heads, queries, keys and head size with which the errors of dense attention are found.
+DENSE_SHAPES = (
+    (1, HEADS, TOKENS_480P, TOKENS_480P, SIZE),
+    (2, 3, 1000, 1337, SIZE),
+    (2, 3, 129, 255, SIZE),
+    (1, 2, 4096, 128, 64),
+    (3, 2, 333, 777, 64),
+)
 ALLOWED_ERROR_RATIO = 2.0
 LEAST_CAPABILITY = (8, 0)
 _CHECKED_ROWS = 64
@@ -140,33 +150,45 @@ def attention_rows() -> Iterator[Row]:
     flops = 4 * HEADS * SIZE * TOKENS_720P * top * BLOCK
     means = bsa.block_means(q, BLOCK), bsa.block_means(k, BLOCK)
     kept, counts = bsa.choose_blocks(*means, top=top, cdf_threshold=None)
-    # After RMSNorm no logit exceeds D^1/2 (weights of one); a little more for the rounding to bf16.
-    bound = 1.01 * SIZE**0.5
+    bound = _bound(SIZE)
 
-    tiles = bsa.Tiles(BLOCK, BLOCK, descriptors)
-
-    def attend(limit: float | None, options: dict[str, int]) -> Tensor:
-        return bsa.launch_forward(q, k, v, kept, counts, tiles, limit, options)[0]
-
+    ways = _ways(q, k, v, kept, counts, bsa.Tiles(BLOCK, BLOCK, descriptors))
     fastest: float | None = None
-    ways = (("running maximum", None), ("fixed shift", bound))
-    for (name, limit), stages in itertools.product(ways, (1, 2, 3)):
-        options = {**bsa.FORWARD_OPTIONS, "num_stages": stages}
-        what = f"block-sparse attention forward, {TOKENS_720P} tokens, sparsity {SPARSITY}, {name}, stages {stages}"
+    shifts = (("fixed shift", bound), ("running maximum", None))
+    for (name, attend), (shift, limit) in itertools.product(ways.items(), shifts):
+        what = f"block-sparse attention forward, {TOKENS_720P} tokens, sparsity {SPARSITY}, {name}, {shift}"
         with poisoned():
-            accuracy = _attention_accuracy(attend(limit, options), q, k, v, kept)
+            accuracy = _attention_accuracy(attend(limit)[0], q, k, v, kept)
         if not accuracy.admitted:
             yield refusal(what, accuracy)
             continue
-        time = seconds(functools.partial(attend, limit, options))
+        time = seconds(functools.partial(attend, limit))
         rate = flops / time / 1e12
         yield Row(what, f"{time * 1e3:.1f} ms, {rate:.0f} TFLOP/s; {accuracy.text()}", "400 TFLOP/s", rate >= 400)
         fastest = time if fastest is None else min(time, fastest)
     if fastest is None:
         return
-    yield _dense_row(q, k, v, fastest)
+    yield _flash_row(q, k, v, fastest)
     yield _flex_row(q, k, v, kept, counts, fastest)
     yield from _gating_rows(q, k, top, fastest)
+
+
+def _ways(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, tiles: Any
+) -> dict[str, Callable[[float | None], tuple[Tensor, Tensor]]]:
+    """What can compute the forward pass here, under the bound that it is given."""
+    from kernels.block_sparse_attention import triton_impl as bsa
+
+    ways: dict[str, Callable[[float | None], tuple[Tensor, Tensor]]] = {}
+    if has_gluon(capability(q)):
+        from kernels.block_sparse_attention import gluon_impl
+
+        ways["gluon"] = lambda limit: gluon_impl.launch_forward(q, k, v, kept, counts, limit)
+    for stages in (2, 3):
+        options = {**bsa.FORWARD_OPTIONS, "num_stages": stages}
+        launch = functools.partial(bsa.launch_forward, q, k, v, kept, counts, tiles, options=options)
+        ways[f"triton, stages {stages}"] = lambda limit, launch=launch: launch(bound=limit)  # type: ignore[misc]
+    return ways
 
 
 def _attention_accuracy(out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Accuracy:
@@ -185,7 +207,7 @@ def _attention_accuracy(out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tens
     return compare(torch.stack(seen), torch.stack(results[torch.bfloat16]), torch.stack(results[torch.float64]))
 
 
-def _dense_row(q: Tensor, k: Tensor, v: Tensor, fastest: float) -> Row:
+def _flash_row(q: Tensor, k: Tensor, v: Tensor, fastest: float) -> Row:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v), repeats=3)
     ratio = dense / fastest
@@ -226,6 +248,58 @@ def _gating_rows(q: Tensor, k: Tensor, top: int, attention: float) -> Iterator[R
     yield Row("gating, means from norm_rope", result, "10 %", share <= 0.10)
     share = (time + pooling) / attention
     yield Row("gating with its own block means", f"{(time + pooling) * 1e3:.2f} ms, {share:.1%}", "10 %", share <= 0.10)
+
+
+# -- dense attention --------------------------------------------------------------------------------------
+
+
+def dense_rows() -> Iterator[Row]:
+    """The kernel at 480p beside what torch takes. It has to be exact enough at odd sizes too."""
+    q, k, v = _dense_inputs(1, HEADS, TOKENS_480P, TOKENS_480P, SIZE)
+    flops = 4 * HEADS * SIZE * TOKENS_480P**2
+    plain = seconds(lambda: attention_reference.attend(q, k, v), repeats=10)
+    name = dense_of_torch("cuda", torch.bfloat16)
+    what = f"dense attention, {TOKENS_480P} tokens"
+    yield Row(f"{what}, torch ({name})", f"{plain * 1e3:.1f} ms, {flops / plain / 1e12:.0f} TFLOP/s")
+    if attention.backend(q, k, v) != "gluon":
+        return
+    for shift, bounded in (("fixed shift", True), ("running maximum", False)):
+        accuracies = [_dense_accuracy(*shape, bounded) for shape in DENSE_SHAPES]
+        refused = [accuracy for accuracy in accuracies if not accuracy.admitted]
+        if refused:
+            yield refusal(f"{what}, gluon, {shift}", refused[0])
+            continue
+        bound = _bound(SIZE) if bounded else None
+        time = seconds(lambda bound=bound: attention.attend(q, k, v, logit_bound=bound), repeats=10)  # type: ignore[misc]
+        result = f"{time * 1e3:.1f} ms, {flops / time / 1e12:.0f} TFLOP/s, {plain / time:.2f} x torch's speed"
+        yield Row(f"{what}, gluon, {shift}", f"{result}; {accuracies[0].text()}")
+
+
+def _bound(size: int) -> float:
+    """After RMSNorm no logit exceeds D^1/2 (weights of one); a little more for the rounding to bf16."""
+    return 1.01 * size**0.5
+
+
+def _dense_inputs(batch: int, heads: int, queries: int, keys: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As a layer has them: rows [B,N,H,D] of norms, and values that are a part of a fused product."""
+    q = F.rms_norm(normal(batch, queries, heads, size), (size,))
+    k = F.rms_norm(normal(batch, keys, heads, size, seed=1), (size,))
+    v = normal(batch, keys, 3, heads, size, seed=2)[:, :, 2]
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _dense_accuracy(batch: int, heads: int, queries: int, keys: int, size: int, bounded: bool) -> Accuracy:
+    """The first and the last queries of the first and the last head."""
+    q, k, v = _dense_inputs(batch, heads, queries, keys, size)
+    with poisoned():
+        out = attention.attend(q, k, v, logit_bound=_bound(size) if bounded else None)
+    rows = torch.cat([torch.arange(min(256, queries)), torch.arange(max(0, queries - 256), queries)]).to(DEVICE)
+    seen = [(0, 0), (batch - 1, heads - 1)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        near = [(q[at][rows].to(dtype), k[at].to(dtype), v[at].to(dtype)) for at in seen]
+        results.append(torch.stack([(a @ b.T * size**-0.5).softmax(-1) @ c for a, b, c in near]))
+    return compare(torch.stack([out[at][rows] for at in seen]), *results)
 
 
 # -- passes over rows -------------------------------------------------------------------------------------
@@ -362,6 +436,7 @@ def _linear_row(
 
 
 PARTS: Mapping[str, Callable[[], Iterator[Row]]] = {
+    "dense": dense_rows,
     "attention": attention_rows,
     "rows": row_rows,
     "linear": linear_rows,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 _WITH_DESCRIPTORS = (90, 100, 120)
@@ -81,7 +83,8 @@ def compile_case(case: Case, capability: int, **options: Any) -> Figures:
         if kind.startswith("*")
         or (kind.startswith("i") and (name in ("n", "k") or name.endswith(("stride", "batch", "head", "col", "row"))))
     }
-    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    kind = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
+    source = kind(case.kernel, signature, case.constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**case.options, **options})
     usage = _resource_usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
@@ -101,6 +104,58 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _dense_attention() -> Iterator[Case]:
+    from triton.experimental.gluon import language as gl
+
+    from kernels.attention import gluon_impl as dense
+
+    kernel = dense.attention_kernel
+    for d, fixed in itertools.product((128, 64), (True, False)):
+        few, many = (
+            f"tensordesc<bf16[{rows}, {d}],{dense.tile_layout(rows, d)!r}>" for rows in (dense.QUERIES, dense.KEYS)
+        )
+        types = {"q": few, "k": many, "v": many, "out": "*bf16"}
+        types |= {"scale_log2": "fp32", "shift_log2": "fp32"}
+        sizes = {"BQ": dense.QUERIES, "BK": dense.KEYS, "D": d, "BYTES": 2, "STAGES": dense.STAGES, "TYPE": gl.bfloat16}
+        sizes |= {"COMPUTING": dense.COMPUTING_REGISTERS, "COPYING": dense.COPYING_REGISTERS, "FIXED_SHIFT": fixed}
+        types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in sizes}
+        name = f"dense, heads of {d}, {'fixed shift' if fixed else 'running maximum'}"
+        yield Case(name, kernel, types, sizes, dense.OPTIONS, (90,), True, True)
+
+
+def _hopper_products() -> Iterator[Case]:
+    from triton.experimental.gluon import language as gl
+
+    from kernels.linear import gluon_impl as linear
+
+    shapes = {"x": (linear.ROWS, linear.STEP), "weight": (linear.COLUMNS, linear.STEP)}
+    types = {arg: f"tensordesc<i8[{r}, {c}],{linear.tile_layout(r, c, gl.int8)!r}>" for arg, (r, c) in shapes.items()}
+    layout = linear.tile_layout(linear.ROWS, linear.COLUMNS, gl.bfloat16)
+    types["out"] = f"tensordesc<bf16[{linear.ROWS}, {linear.COLUMNS}],{layout!r}>"
+    types |= {"x_scale": "*fp32", "weight_scale": "*fp32", "bias": "*bf16", "m": "i32", "n": "i32", "k": "i32"}
+    sizes = {"BM": linear.ROWS, "BN": linear.COLUMNS, "BK": linear.STEP, "STAGES": linear.STAGES, "BAND": linear.BAND}
+    sizes |= {"BIAS": True, "TYPE": gl.bfloat16}
+    sizes |= {"COMPUTING": linear.COMPUTING_REGISTERS, "COPYING": linear.COPYING_REGISTERS}
+    yield Case("int8 product (gluon)", linear.multiply_kernel, types, sizes, linear.OPTIONS, (90,), True, True)
+
+
+def _hopper_block_sparse() -> Iterator[Case]:
+    from triton.experimental.gluon import language as gl
+
+    from kernels.block_sparse_attention import gluon_impl as bsa
+
+    kernel = bsa.forward_kernel
+    for d, fixed in itertools.product((128, 64), (True, False)):
+        tile = f"tensordesc<bf16[{bsa.BLOCK}, {d}],{bsa.tile_layout(d)!r}>"
+        types = {"q": tile, "k": tile, "v": tile, "out": "*bf16", "lse": "*fp32", "kept": "*i32", "counts": "*i32"}
+        types |= {"finished": "*i32", "scale_log2": "fp32", "shift_log2": "fp32"}
+        sizes = {"BLOCK": bsa.BLOCK, "D": d, "ROOM": bsa.ROOM, "TYPE": gl.bfloat16, "FIXED_SHIFT": fixed}
+        sizes |= {"PATIENCE": bsa.PATIENCE, "COMPUTING": bsa.COMPUTING_REGISTERS, "COPYING": bsa.COPYING_REGISTERS}
+        types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in sizes}
+        name = f"block-sparse (gluon), heads of {d}, {'fixed shift' if fixed else 'running maximum'}"
+        yield Case(name, kernel, types, sizes, bsa.OPTIONS, (90,), True, True)
 
 
 def _attention(descriptors: bool) -> Iterator[Case]:
@@ -174,7 +229,7 @@ def _rows() -> Iterator[Case]:
         "index": "*i32",
     }
     types["eps"] = "fp32"
-    sizes = {"TOKENS": 64, "AT_ONCE": 1, "HEADS": 32, "D": 128, "WIDE": 128, "TYPE": bf16}
+    sizes = {"TOKENS": 64, "AT_ONCE": 1, "HEADS": 8, "D": 128, "WIDE": 128, "TYPE": bf16}
     for indexed in (True, False):
         name = "norm_rope, index, means" if indexed else "norm_rope, means"
         flags = {"ROTATE": True, "INDEXED": indexed, "MEANS": True}
@@ -240,7 +295,8 @@ def _linear() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    return [*_attention(True), *_attention(False), *_gating(), *_rows(), *_linear()]
+    gluon = [*_dense_attention(), *_hopper_block_sparse(), *_hopper_products()]
+    return [*gluon, *_attention(True), *_attention(False), *_gating(), *_rows(), *_linear()]
 
 
 def _line(case: Case, capability: int, options: dict[str, Any]) -> tuple[str, list[str]]:

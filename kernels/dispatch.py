@@ -29,8 +29,16 @@ def backend_of(device: str) -> str:
 
 
 def dense_attention(device: str, dtype: torch.dtype) -> str:
-    """Which of its attentions torch takes on a type of device for heads of 128: "cudnn", "flash", "efficient", "math".
-    It goes by the card, by cuDNN's version and by TORCH_CUDNN_SDPA_DEPRIORITIZED."""
+    """What computes dense attention on a type of device for heads of 128: "gluon", this project's kernel, or one of
+    torch's own ways."""
+    if device == "cuda" and dtype == torch.bfloat16 and has_gluon(torch.cuda.get_device_capability()):
+        return "gluon"
+    return dense_of_torch(device, dtype)
+
+
+def dense_of_torch(device: str, dtype: torch.dtype) -> str:
+    """Which of its attentions torch takes: "cudnn", "flash", "efficient", "math". It goes by the card, by cuDNN's
+    version and by TORCH_CUDNN_SDPA_DEPRIORITIZED."""
     q = torch.empty(1, 1, 128, 128, device=device, dtype=dtype)
     return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.removesuffix("_ATTENTION").lower()
 
@@ -63,6 +71,12 @@ def capability(x: Tensor) -> tuple[int, int]:
 def has_descriptors(x: Tensor) -> bool:
     """Whether the device of x moves tiles by TMA."""
     return capability(x) >= (9, 0)
+
+
+def has_gluon(capability: tuple[int, int]) -> bool:
+    """Whether kernels in Gluon run on a card of this compute capability: those of this project are for Hopper's own
+    products, and Triton's interpreter does not know the language."""
+    return _FOUND and not INTERPRETED and capability == (9, 0)
 
 
 def launch_options(*, warps: int, stages: int) -> dict[str, int]:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention.api import attend
 from kernels.block_sparse_attention.api import attend_in_block_order, block_order
 from kernels.linear.api import Activations, QuantisedRows
 from kernels.modulate.api import add_gated, add_gated_modulate, add_gated_norm, modulate
@@ -423,7 +424,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         # A single latent frame has no blocks in time: the model was trained with dense attention there.
         if sparse is None or frames == 1:
-            return F.scaled_dot_product_attention(q, seen.keys, seen.values)
+            return attend(q, seen.keys, seen.values, logit_bound=self.logit_bound)
         return attend_in_block_order(
             q,
             seen.keys,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from kernels.block_sparse_attention import reference
-from kernels.dispatch import has_descriptors, takes_kernel
+from kernels.dispatch import capability, has_descriptors, has_gluon, takes_kernel
 
 Grid = tuple[int, int, int]
-Backend = Literal["triton_tma", "triton", "reference"]
+Backend = Literal["gluon", "triton_tma", "triton", "reference"]
 
 _SMALLEST_KERNEL_BLOCK = 16
 
@@ -101,15 +101,21 @@ def attend_in_block_order(
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor, *, block_q: int = 64, block_k: int = 64) -> Backend:
-    """What runs for these tensors: the Triton kernel with TMA descriptors, with pointers, or plain torch.
+    """What runs for these tensors: the kernel for Hopper in Gluon, the Triton kernel with TMA descriptors or with
+    pointers, or plain torch.
 
-    Descriptors need compute capability 9.0, a head size that is a power of two and 16-byte aligned rows; the
-    kernel needs a place where Triton runs, blocks of a power of two of at least 16 tokens, and one type of at most
+    Gluon makes the forward pass of lists of one length, as sparsity gives them; it needs bf16, blocks of 64 x 64, heads
+    of 64 or 128, compute capability 9.0 and descriptors. With a mass threshold, and for gradients, "gluon" means
+    "triton_tma". Descriptors need compute capability 9.0, a head size that is a power of two and 16-byte aligned rows;
+    the kernels need a place where Triton runs, blocks of a power of two of at least 16 tokens, and one type of at most
     32 bits.
     """
     if not _fits_kernel(q, k, v, block_q, block_k):
         return "reference"
-    return "triton_tma" if _uses_descriptors(q, k, v) else "triton"
+    if not _uses_descriptors(q, k, v):
+        return "triton"
+    fits = block_q == block_k == 64 and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128)
+    return "gluon" if fits and has_gluon(capability(q)) else "triton_tma"
 
 
 def block_order(grid: Grid, chunk: Grid = (4, 4, 4), device: torch.device | None = None) -> Tensor:
@@ -150,7 +156,12 @@ def _attend(
     from kernels.block_sparse_attention import triton_impl
 
     kept, counts = _choose(q, k, q_means, k_means, top, cdf_threshold, block_q, block_k)
-    tiles = triton_impl.Tiles(block_q, block_k, _uses_descriptors(q, k, v))
+    chosen = backend(q, k, v, block_q=block_q, block_k=block_k)
+    if chosen == "gluon" and cdf_threshold is None:
+        from kernels.block_sparse_attention import gluon_impl
+
+        return gluon_impl.launch_forward(q, k, v, kept, counts, logit_bound)
+    tiles = triton_impl.Tiles(block_q, block_k, chosen != "triton")
     return triton_impl.launch_forward(q, k, v, kept, counts, tiles, logit_bound)
 
 

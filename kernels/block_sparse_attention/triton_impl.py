@@ -310,10 +310,13 @@ def choose_kernel(
     if WRITE:
         border = tl.zeros([], tl.uint32)
         bit = tl.full([], 0x80000000, tl.uint32)
-        for _ in range(32):
+        found = tl.full([], -1, tl.int32)
+        # The lower bits matter only while more than wanted lie at or above the border.
+        while (bit > 0) & (found != wanted):
             trial = border | bit
-            enough = tl.sum((order >= trial).to(tl.int32), 0) >= wanted
-            border = tl.where(enough, trial, border)
+            here = tl.sum((order >= trial).to(tl.int32), 0)
+            border = tl.where(here >= wanted, trial, border)
+            found = tl.where(here >= wanted, here, found)
             bit = bit >> 1
         above = order > border
         equal = (order == border) & present

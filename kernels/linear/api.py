@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import INTERPRETED, capability, has_descriptors, takes_kernel
+from kernels.dispatch import INTERPRETED, capability, has_descriptors, has_gluon, takes_kernel
 from kernels.linear import reference
 
-Backend = Literal["triton_tma", "triton", "scaled_mm", "expanded", "reference"]
+Backend = Literal["gluon", "triton_tma", "triton", "scaled_mm", "expanded", "reference"]
 QUANTISED_TYPES = (torch.int8, torch.float8_e4m3fn)
 
 # A weight-only product of so many rows is limited by computing, where torch's own kernels are the fastest; one of fewer
@@ -84,7 +84,8 @@ def backend(x: Activations, weight: Tensor) -> Backend:
     """What runs for these activations and this weight; activations that are a tensor are those of a weight-only product
     where the weight is int8.
 
-    int8: the Triton kernels where Triton runs, with TMA descriptors where the device has them (and rows are 16-byte
+    int8: the kernel for Hopper in Gluon where both are int8, K is a multiple of 16, N of 8 and the result 16 bits wide;
+    else the Triton kernels where Triton runs, with TMA descriptors where the device has them (and rows are 16-byte
     aligned); weight-only from MANY_ROWS on: torch's product with parts of the weight, "expanded". fp8: cuBLAS
     (`torch._scaled_mm`) from compute capability 8.9 on, where K and N are multiples of 16. The reference elsewhere.
     """
@@ -94,9 +95,17 @@ def backend(x: Activations, weight: Tensor) -> Backend:
             return "reference"
         if isinstance(x, Tensor) and x.numel() >= MANY_ROWS * x.shape[-1]:
             return "expanded"
+        if not isinstance(x, Tensor) and _fits_gluon(values, weight, x.dtype):
+            return "gluon"
         return "triton_tma" if has_descriptors(values) else "triton"
     fits = values.is_cuda and not INTERPRETED and all(size % 16 == 0 for size in weight.shape)
     return "scaled_mm" if fits and capability(values) >= (8, 9) else "reference"
+
+
+def _fits_gluon(values: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    n, k = weight.shape
+    wide = dtype in (torch.bfloat16, torch.float16)
+    return wide and k % 16 == 0 and n % 8 == 0 and has_gluon(capability(values))
 
 
 def _multiply_fp8(
@@ -130,6 +139,10 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _multiply_int8(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    if _fits_gluon(values, weight, dtype):
+        from kernels.linear import gluon_impl
+
+        return gluon_impl.multiply(values, scale, weight, weight_scale, bias, dtype)
     from kernels.linear import triton_impl
 
     tma = has_descriptors(values)

@@ -17,8 +17,8 @@ from kernels.dispatch import launch_options
 _TOKENS = 32  # of a program that makes no means
 # Rows (of all heads together) at a time, and heads at most. With fewer of them than a program has threads, a row of the
 # rotary table is read by each thread that wants it, and no thread waits for another.
-_ROWS, _HEADS = 32, 32
-OPTIONS = launch_options(warps=8, stages=1)
+_ROWS, _HEADS = 8, 8
+OPTIONS = launch_options(warps=4, stages=1)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Dense attention. The public call is `api.attend`."""
