@@ -3,8 +3,9 @@
 `python -m kernels.compile_gate [--sweep] [--only NAME] [--capability 90]`: every kernel is compiled at its
 real size for compute capabilities 8.0, 8.9, 9.0, 10.0 and 12.0 with the ptxas that comes with Triton. The gate
 fails (exit code 1) where a kernel spills registers or wants more shared memory than the card has, where a
-descriptor is not a TMA bulk copy or, on 9.0, a matrix product not a wgmma. `--sweep` also tries stages and
-register limits of the attention and prints them without judging: they are the figures behind the launch options.
+descriptor is not a TMA bulk copy or, on 9.0, a matrix product not a wgmma, and where ptxas made products of a kernel in
+Gluon wait for each other. `--sweep` also tries stages and register limits of the attention and prints them without
+judging: they are the figures behind the launch options.
 """
 
 from __future__ import annotations
@@ -50,17 +51,20 @@ class Case:
     capabilities: tuple[int, ...] = CAPABILITIES
     products: bool = False
     descriptors: bool = False
+    overlapped: bool = False  # products run beside other work
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What came out. `spills`: bytes of local memory and stack of a thread."""
+    """What came out. `spills`: bytes of local memory and stack of a thread. `in_turn`: a warp group waits after each of
+    its products (ptxas has this done where it cannot follow what becomes of their registers)."""
 
     registers: int
     spills: int
     shared_bytes: int
     wgmma: int
     bulk_copies: int
+    in_turn: bool = False
 
     def faults(self, case: Case, capability: int) -> list[str]:
         found = [f"spills {self.spills} bytes"] if self.spills else []
@@ -68,6 +72,8 @@ class Figures:
             found.append(f"{self.shared_bytes} bytes of shared memory")
         if capability == 90 and case.products and not self.wgmma:
             found.append("no wgmma")
+        if self.in_turn and case.overlapped:
+            found.append("each product waits for the one before")
         if case.descriptors and not self.bulk_copies:
             found.append("no bulk copy")
         return found
@@ -87,6 +93,7 @@ def compile_case(case: Case, capability: int, **options: Any) -> Figures:
     source = kind(case.kernel, signature, case.constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**case.options, **options})
     usage = _resource_usage(compiled.asm["cubin"])
+    products, waits = _products_and_waits(compiled.asm["cubin"]) if capability == 90 and case.products else (0, 0)
     ptx = compiled.asm["ptx"]
     return Figures(
         registers=usage["REG"],
@@ -94,16 +101,27 @@ def compile_case(case: Case, capability: int, **options: Any) -> Figures:
         shared_bytes=compiled.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"),
         bulk_copies=len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+        in_turn=0 < products <= waits,
     )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
+    text = _dump(cubin, "--dump-resource-usage")
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _products_and_waits(cubin: bytes) -> tuple[int, int]:
+    """Instructions of the machine code: matrix products of warp groups, and waits for them."""
+    text = _dump(cubin, "--dump-sass")
+    return len(re.findall(r"\b[HIQ]GMMA\.", text)), text.count("WARPGROUP.DEPBAR")
+
+
+def _dump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        command = [str(_CUOBJDUMP), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def _dense_attention() -> Iterator[Case]:
@@ -122,7 +140,7 @@ def _dense_attention() -> Iterator[Case]:
         sizes |= {"COMPUTING": dense.COMPUTING_REGISTERS, "COPYING": dense.COPYING_REGISTERS, "FIXED_SHIFT": fixed}
         types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in sizes}
         name = f"dense, heads of {d}, {'fixed shift' if fixed else 'running maximum'}"
-        yield Case(name, kernel, types, sizes, dense.OPTIONS, (90,), True, True)
+        yield Case(name, kernel, types, sizes, dense.OPTIONS, (90,), True, True, True)
 
 
 def _hopper_products() -> Iterator[Case]:
@@ -138,7 +156,7 @@ def _hopper_products() -> Iterator[Case]:
     sizes = {"BM": linear.ROWS, "BN": linear.COLUMNS, "BK": linear.STEP, "STAGES": linear.STAGES, "BAND": linear.BAND}
     sizes |= {"BIAS": True, "TYPE": gl.bfloat16}
     sizes |= {"COMPUTING": linear.COMPUTING_REGISTERS, "COPYING": linear.COPYING_REGISTERS}
-    yield Case("int8 product (gluon)", linear.multiply_kernel, types, sizes, linear.OPTIONS, (90,), True, True)
+    yield Case("int8 product (gluon)", linear.multiply_kernel, types, sizes, linear.OPTIONS, (90,), True, True, True)
 
 
 def _hopper_block_sparse() -> Iterator[Case]:
@@ -155,7 +173,7 @@ def _hopper_block_sparse() -> Iterator[Case]:
         sizes |= {"PATIENCE": bsa.PATIENCE, "COMPUTING": bsa.COMPUTING_REGISTERS, "COPYING": bsa.COPYING_REGISTERS}
         types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in sizes}
         name = f"block-sparse (gluon), heads of {d}, {'fixed shift' if fixed else 'running maximum'}"
-        yield Case(name, kernel, types, sizes, bsa.OPTIONS, (90,), True, True)
+        yield Case(name, kernel, types, sizes, bsa.OPTIONS, (90,), True, True, True)
 
 
 def _attention(descriptors: bool) -> Iterator[Case]:

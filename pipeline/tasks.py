@@ -16,7 +16,7 @@ from typing import Any, Literal
 TaskKind = Literal["text", "source", "segment", "window", "encode", "film"]
 Role = Literal["text", "chain", "refine", "media"]
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 """Raised when the same inputs would give other bytes because longtake itself computes differently."""
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -368,6 +368,10 @@ def test_no_logit_passes_the_bound_of_the_norms(monkeypatch):
     monkeypatch.setattr("model.dit.attend_in_block_order", look)
     model(*sparse_inputs(8))
     assert len(seen) == 2
+    monkeypatch.setattr("model.dit.attend", look)
+    model.attention = "dense"
+    model(*sparse_inputs(8))
+    assert len(seen) == 4
     assert all(0.1 * bound < largest < bound for largest, bound in seen)
     assert DiT(TINY).blocks[0].attn.logit_bound is None  # nothing is promised of weights that nobody looked at
 

@@ -5,6 +5,8 @@ All kernels, sizes and cards: `python -m kernels.compile_gate`. Here each kernel
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("triton.backends.nvidia")
@@ -14,6 +16,11 @@ from kernels import compile_gate
 pytestmark = pytest.mark.filterwarnings("error:TRITON_DEFAULT_FP_FUSION")
 CASES = {case.name: case for case in compile_gate.cases()}
 HOPPER = [
+    "dense, heads of 128, fixed shift",
+    "dense, heads of 64, running maximum",
+    "block-sparse (gluon), heads of 128, fixed shift",
+    "block-sparse (gluon), heads of 128, running maximum",
+    "int8 product (gluon)",
     "forward, fixed shift (tma)",
     "backward dq (tma)",
     "backward dk dv (tma)",
@@ -54,6 +61,14 @@ def test_faults_are_found():
     case = CASES["forward, fixed shift (tma)"]
     assert len(figures.faults(case, 90)) == 3
     assert len(figures.faults(case, 89)) == 3  # too much shared memory, and wgmma is not asked for
+
+
+def test_products_that_wait_for_each_other_are_found():
+    """One that is waited for at once, and so is what stands in the machine code where ptxas gives up."""
+    case = CASES["weight-only int8 (tma)"]
+    figures = compile_gate.compile_case(case, 90)
+    assert figures.in_turn and figures.faults(case, 90) == []
+    assert "waits" in figures.faults(dataclasses.replace(case, overlapped=True), 90)[0]
 
 
 def test_spills_are_read_off_the_binary():
