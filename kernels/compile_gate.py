@@ -346,7 +346,7 @@ def main() -> int:
             text, faults = _line(case, capability, {})
             print(text, flush=True)
             bad += [f"{case.name}, sm_{capability}: {fault}" for fault in faults]
-            if arguments.sweep and capability == 90 and case.descriptors:
+            if arguments.sweep and capability == 90 and case.descriptors and not case.overlapped:
                 for stages in (1, 2):
                     for limit in ({}, {"maxnreg": 128}, {"maxnreg": 168}):
                         print(_line(case, 90, {"num_stages": stages, **limit})[0], flush=True)
