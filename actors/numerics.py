@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kernels.dispatch import backend_of, dense_attention
+from kernels.dispatch import backend_of, dense_attention, dense_of_torch
 from pipeline.media_child import find_ffmpeg
 from pipeline.tasks import RECIPE_VERSION
 
@@ -74,10 +74,14 @@ def describe_numerics(
 
 def _describe_cuda(dtype: str) -> dict[str, Any]:
     """What torch computes with on a GPU: its wheels' versions do not say it, and cuDNN may be another than theirs."""
-    attention = dense_attention("cuda", getattr(torch, dtype))
+    # Torch's own way serves attention to the text also where the kernel of this project has that to the video.
+    attention = {
+        "dense_attention": dense_attention("cuda", getattr(torch, dtype)),
+        "torch_attention": dense_of_torch("cuda", getattr(torch, dtype)),
+    }
     chosen = {name: os.environ[name] for name in CUDA_CHOICES if name in os.environ}
     cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return {"toolkit": torch.version.cuda, "cudnn": cudnn, "dense_attention": attention, **chosen}
+    return {"toolkit": torch.version.cuda, "cudnn": cudnn, **attention, **chosen}
 
 
 def device_kind(device: str) -> str:

@@ -80,6 +80,15 @@ def test_torch_is_asked_which_dense_attention_it_takes() -> None:
         assert dense_attention("cpu", torch.float32) == "math"
 
 
+def test_on_a_hopper_card_dense_attention_in_bf16_is_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("kernels.dispatch.dense_of_torch", lambda device, dtype: "torch's")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    assert [dense_attention("cuda", t) for t in (torch.bfloat16, torch.float16)] == ["gluon", "torch's"]
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
+    assert dense_attention("cuda", torch.bfloat16) == "torch's"
+
+
 @pytest.mark.parametrize("variable", numerics.CPU_CHOICES)
 def test_on_a_cpu_the_record_holds_what_chooses_algorithms(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     """`MKL_CBWR=COMPATIBLE` changes the bits of a product, and torch says AVX512 all the same."""
@@ -129,10 +138,12 @@ def test_on_a_gpu_the_record_holds_cuda_s_versions_and_what_chooses_algorithms(m
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92000)
-    monkeypatch.setattr("actors.numerics.dense_attention", lambda device, dtype: f"cudnn, {device}, {dtype}")
+    monkeypatch.setattr("actors.numerics.dense_attention", lambda device, dtype: f"gluon, {device}, {dtype}")
+    monkeypatch.setattr("actors.numerics.dense_of_torch", lambda device, dtype: f"cudnn, {device}, {dtype}")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = record()
-    versions = {"toolkit": "13.0", "cudnn": 92000, "dense_attention": "cudnn, cuda, torch.bfloat16"}
+    versions = {"toolkit": "13.0", "cudnn": 92000, "dense_attention": "gluon, cuda, torch.bfloat16"}
+    versions["torch_attention"] = "cudnn, cuda, torch.bfloat16"  # of the text
     assert (before["device"], before["cuda"]) == ("cuda NVIDIA H100 80GB HBM3", versions)
     monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91000)
     assert record() != before, "another cuDNN in the library path"
