@@ -31,9 +31,9 @@ def backend_of(device: str) -> str:
 def dense_attention(device: str, dtype: torch.dtype) -> str:
     """What computes dense attention on a type of device for heads of 128: "gluon", this project's kernel, or one of
     torch's own ways."""
-    if device == "cuda" and dtype == torch.bfloat16 and has_gluon(torch.cuda.get_device_capability()):
-        return "gluon"
-    return dense_of_torch(device, dtype)
+    instead = dense_of_torch(device, dtype)  # this also finds out whether the device computes at all
+    ours = device == "cuda" and dtype == torch.bfloat16 and has_gluon(torch.cuda.get_device_capability())
+    return "gluon" if ours else instead
 
 
 def dense_of_torch(device: str, dtype: torch.dtype) -> str:
@@ -76,7 +76,7 @@ def has_descriptors(x: Tensor) -> bool:
 def has_gluon(capability: tuple[int, int]) -> bool:
     """Whether kernels in Gluon run on a card of this compute capability: those of this project are for Hopper's own
     products, and Triton's interpreter does not know the language."""
-    return _FOUND and not INTERPRETED and capability == (9, 0)
+    return _FOUND and not INTERPRETED and capability == (9, 0) and torch.version.hip is None
 
 
 def launch_options(*, warps: int, stages: int) -> dict[str, int]:

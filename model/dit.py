@@ -177,7 +177,7 @@ class DiT(nn.Module):
         return CondCache(tuple(layers), grid, self.attention)
 
     def bound_logits(self) -> None:
-        """Let block-sparse kernels do without a running maximum where the norms of queries and keys allow it.
+        """Let the kernels of attention do without a running maximum where the norms of queries and keys allow it.
 
         After RMSNorm no |q| exceeds D^1/2 max|w|, and rotary keeps lengths: |q.k| D^-1/2 <= D^1/2 max|w_q| max|w_k|.
         To be called again when the weights of these norms change.

@@ -4,6 +4,7 @@ tests/test_kernels_hopper.py."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_on_a_hopper_card_it_is_our_kernel_and_its_rows_lie_as_the_projection_re
 )
 def test_what_the_kernel_does_not_take_is_left_to_torch(other: dict[str, object]):
     assert api.backend(*rows(**other)) == "torch"  # type: ignore[arg-type]
+
+
+@needs_triton
+def test_rows_that_are_none_are_left_to_torch():
+    q, k, v = rows()
+    assert api.backend(q, k[:, :, :1].expand(k.shape), v) == "torch"
+    assert api.backend(q[:0], k[:0], v[:0]) == "torch"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q, k[:, :2], v[:, :2]),
+        lambda q, k, v: (q, k, v[:, :, :200]),
+        lambda q, k, v: (q[:1], k, v),
+        lambda q, k, v: (q[..., :64], k, v),
+        lambda q, k, v: (q, k, torch.empty(v.shape, dtype=v.dtype)),
+    ],
+    ids=["heads", "values", "batch", "head size", "device"],
+)
+def test_tensors_that_do_not_belong_together_are_refused(change: Callable[..., tuple[torch.Tensor, ...]]):
+    """A kernel would read what lies beside them, and give numbers."""
+    with pytest.raises(ValueError, match="wanted the same batch, heads, head size and device"):
+        api.attend(*change(*rows()))
 
 
 @needs_triton

@@ -22,8 +22,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, logit_bound: float | None = None)
 
     Any strides with D innermost, such as slices of a fused projection [B,N,3,H,D], are read where they lie.
     `logit_bound` is a promise that no |q.k| D^-1/2 exceeds it (after RMSNorm: D^1/2 max|w_q| max|w_k|) and lets the
-    kernel do without a running maximum; torch needs no such promise.
+    kernel do without a running maximum; torch needs no such promise. ValueError where the three do not belong together.
     """
+    alike = k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
+    if not (alike and q.device == k.device == v.device):
+        told = ", ".join(f"{name} {tuple(x.shape)} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"{told}: wanted the same batch, heads, head size and device, and as many values as keys")
     return _attend(q, k, v, logit_bound) if backend(q, k, v) == "gluon" else reference.attend(q, k, v)
 
 
@@ -39,6 +43,8 @@ def backend(q: Tensor, k: Tensor, v: Tensor) -> Literal["gluon", "torch"]:
         and has_gluon(capability(q))
         and q.shape[3] in _SIZES
         and min(q.shape[2], k.shape[2]) >= _LEAST_ROWS
+        and q.shape[0] * q.shape[1] > 0
+        and all(x.stride(2) > 0 for x in (q, k, v))  # one row shown as many is none that TMA can read
         and not needs_gradients(q, k, v)
     )
     return "gluon" if fits else "torch"

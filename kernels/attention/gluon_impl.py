@@ -113,7 +113,8 @@ def _attend(
             top = higher
         following = gl.convert_layout(p.to(TYPE), p_layout)
         stage, turn = (i + 1) % STAGES, (i + 1) // STAGES & 1
-        # Waiting here and not at the head of the loop keeps ptxas from moving exponentials behind the next line.
+        # Waiting here and not at the head of the loop keeps ptxas from moving exponentials behind the next line (which
+        # only the benchmark would show).
         mbarrier.wait(k_here.index(stage), turn, pred=i + 1 < tiles)
         acc, near, following = warpgroup_mma_wait(0, [acc, near, following])
         mbarrier.arrive(v_free.index(v_stage), count=1)
@@ -187,12 +188,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bound: float | None) -> Tensor:
     At least 128 queries and 128 keys. `bound` promises |q.k| D^-1/2 <= bound and does without a running maximum where
     that is exact enough.
     """
-    q, k, v = (x if fits_descriptors(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     b, h, n, d = q.shape
     out = torch.empty(b, n, h, d, dtype=q.dtype, device=q.device).transpose(1, 2)
     fixed = bound is not None and bound <= MAX_LOGIT_BOUND
     shift = bound * LOG2_E if bound is not None and fixed else 0.0
-    rq, rk, rv, ro = (row_view(x) for x in (q, k, v, out))
+    rq, rk, rv, ro = *(_readable(x) for x in (q, k, v)), row_view(out)
     attention_kernel[(triton.cdiv(n, GROUPS * QUERIES), b * h)](
         _descriptor(rq, QUERIES), _descriptor(rk, KEYS), _descriptor(rv, KEYS), out,
         *rq.strides()[1:], *rk.strides()[1:], *rv.strides()[1:], *ro.strides(),
@@ -206,6 +206,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bound: float | None) -> Tensor:
 def tile_layout(rows: int, d: int) -> gl.NVMMASharedLayout:
     """How a tile [rows, d] of bf16 lies in shared memory."""
     return gl.NVMMASharedLayout.get_default_for([rows, d], gl.bfloat16)
+
+
+def _readable(x: Tensor) -> Rows:
+    """Rows that TMA can read; a copy where those of x are not aligned."""
+    view = row_view(x)
+    return view if fits_descriptors(view.tensor) else row_view(view.tensor.clone(memory_format=torch.contiguous_format))
 
 
 def _descriptor(view: Rows, rows: int) -> TensorDescriptor:

@@ -174,4 +174,5 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     layout = tile_layout(rows, columns, TYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+    # What torch calls the stride of a single row is anything.
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns], layout)
