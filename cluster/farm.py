@@ -308,7 +308,7 @@ class Farm:
                 self._books.check_counted(self._books.states[queued.render_id].submission.most_cost)
             except SettingError as error:
                 self._held_back.add(queued.render_id)
-                self._spawn(self._refuse(queued.render_id, f"{error} Then `longtake resume {queued.render_id}`."))
+                self._spawn(self._refuse(queued.render_id, f"{error} Then `longtake resume {queued.render_id}`"))
 
     async def _refuse(self, render_id: str, why: str) -> None:
         end = Changed(time.time(), "paused", why, 75)

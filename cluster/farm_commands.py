@@ -89,7 +89,7 @@ def start_farm(cluster: Cluster, **wishes: Any) -> int:
 def price_of(settings: FarmSettings) -> str:
     """What a farm that runs counts by."""
     if not settings.price_hour:
-        return "it knows no price, and takes no --max-cost"
+        return "no price is known: --max-cost is not taken"
     return f"a worker costs {settings.price_hour:g} an hour (--price, kept in its books)"
 
 

@@ -442,7 +442,7 @@ def test_nothing_that_has_a_budget_is_begun_where_no_price_is_known(store: Troub
         await eventually(lambda: read(store) == {"a": "paused"} and not farm._held_back)
         row = await farm._describe("a")
         assert "--max-cost: the farm knows no price (got 5.0)" in row.message and row.exit_code == 75
-        assert "`longtake farm start --price P`" in row.message and row.message.endswith("`longtake resume a`.")
+        assert "`longtake farm start --price P`" in row.message and row.message.endswith("`longtake resume a`")
         for asked in (farm._change("a", "queued"), farm._adjust("a", Adjusted(3.0, most_cost=9.0))):
             with pytest.raises(SettingError, match="knows no price"):
                 await asked

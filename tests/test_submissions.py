@@ -210,7 +210,7 @@ def test_a_farm_that_runs_says_which_wishes_it_was_not_started_with(tmp_path: Pa
     other = _not_taken(settings, store=str(tmp_path / "x"), device="cuda", most_workers=1, price_hour=3.5, idle_s=5.0)
     assert other == ["--workers", "--idle", "--price", "--device", "--farm-store"]
     assert price_of(settings) == "a worker costs 1 an hour (--price, kept in its books)"
-    assert price_of(replace(settings, price_hour=0.0)) == "it knows no price, and takes no --max-cost"
+    assert price_of(replace(settings, price_hour=0.0)) == "no price is known: --max-cost is not taken"
 
 
 def test_a_farms_render_is_meant_where_a_cluster_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
