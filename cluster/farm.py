@@ -18,7 +18,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Container, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ import ray
 
 from cluster.ask import ask, new_request
 from cluster.farm_books import FarmBooks
+from cluster.farm_events import Events, forget_ended
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
 from cluster.farm_pool import Hand, Pool
@@ -68,14 +68,14 @@ TURN_S = 1.0
 """At most so long between two looks at everything; changes are looked at as they come."""
 UNUSED_S = 2.0
 """A worker that came back unused is not offered to the same render before that."""
-KEPT_EVENTS = 200
-KEPT_RENDERS = 100
 MOST_WAITING = 64
 """Calls that wait in threads, for stores, hooks and report pages. By itself a loop has six threads on two cores, and as
 many hooks that hang would hold up the books.
 """
 CALL_LIMIT_S = 120.0
 SAVE_LIMIT_S = 60.0
+HOOKS_S = 5.0
+"""So long whoever watches waits at the end, to hear of a hook that fails."""
 FIRST_LOAD_S = {"cuda": 60.0, "cpu": 2.0}
 """Expected until a loading has been measured."""
 
@@ -94,8 +94,8 @@ class FarmSettings:
     most_workers: int | None = None
     idle_s: float = 120.0
     """A worker that nobody has needed for so long is ended."""
-    price_hour: float = 0.0
-    """Of one worker."""
+    price_hour: float | None = None
+    """Of one worker. None: that of the books stays; 0: none is known."""
     ffmpeg: str | None = None
 
     @property
@@ -153,41 +153,19 @@ class _Open:
     """Draining nodes that it knows of."""
 
 
-@dataclass
-class _Events:
-    """The last events of a render."""
-
-    first: int = 0
-    kept: deque[dict[str, Any]] = field(default_factory=deque)
-
-    def add(self, events: list[dict[str, Any]]) -> None:
-        self.kept.extend(events)
-        while len(self.kept) > KEPT_EVENTS:
-            self.kept.popleft()
-            self.first += 1
-
-    def since(self, cursor: int) -> tuple[list[dict[str, Any]], int]:
-        return list(self.kept)[max(0, cursor - self.first) :], self.first + len(self.kept)
-
-
-def forget_ended(events: dict[str, _Events], still_open: Container[str]) -> None:
-    """Keep what was told of open renders, and of the last KEPT_RENDERS others: a farm lives for months."""
-    ended = [render_id for render_id in events if render_id not in still_open]
-    for render_id in ended[:-KEPT_RENDERS]:
-        del events[render_id]
-
-
 class Farm:
     """The actor. Public methods may be called at any time, again after a lost answer, and raise LongtakeError."""
 
     def __init__(self, settings: FarmSettings) -> None:
         self._settings = settings
         self._store = open_store(settings.store_url)
-        self._books = FarmBooks(self._store, lambda: os._exit(1))
+        self._books = FarmBooks(self._store, lambda: os._exit(1), settings.price_hour)
         self._open: dict[str, _Open] = {}
-        self._events: dict[str, _Events] = {}
+        self._events: dict[str, Events] = {}
         self._held_back: set[str] = set()
         """To be paused or cancelled, which is not written down yet: not to be begun."""
+        self._telling: set[str] = set()
+        """Ended, and their hooks may not have."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._load_s: dict[Load, float] = {}
         self._pace: dict[TaskKind, tuple[float, float]] = {}
@@ -200,7 +178,7 @@ class Farm:
     # What is asked from outside, in Ray's threads
 
     def hello(self) -> FarmSettings:
-        """Returns when the farm has read its books."""
+        """Returns when the farm has read its books, with the price they keep."""
         return self._call(self._hello())
 
     def submit(self, submission: Submission) -> tuple[Row, bool]:
@@ -283,6 +261,7 @@ class Farm:
         """Look at everything once."""
         if self._stopping:
             return
+        self._refuse_uncounted()
         # First what a worker waits for.
         self._look_at_renders()
         self._pool.form(gangs_wanted(one.borrower for one in self._open.values()))
@@ -321,6 +300,22 @@ class Farm:
             for render_id, state in self._books.states.items()
             if state.is_open and render_id not in self._open and render_id not in self._held_back
         ]
+
+    def _refuse_uncounted(self) -> None:
+        """Begin nothing that has a budget where no price is known, and ask for no workers for it."""
+        for queued in self._queue():
+            try:
+                self._books.check_counted(self._books.states[queued.render_id].submission.most_cost)
+            except SettingError as error:
+                self._held_back.add(queued.render_id)
+                self._spawn(self._refuse(queued.render_id, f"{error} Then `longtake resume {queued.render_id}`"))
+
+    async def _refuse(self, render_id: str, why: str) -> None:
+        end = Changed(time.time(), "paused", why, 75)
+        self._telling.add(render_id)
+        await self._books.write(render_id, lambda state: end if state and state.is_open else None)
+        self._held_back.discard(render_id)
+        await self._tell_hooks(render_id)
 
     def _open_renders(self) -> None:
         lenders = self._pool.lenders()
@@ -378,6 +373,7 @@ class Farm:
                 if self._books.states[render_id].submission.ends_for_approval:
                     phase, message = "approval", f"stage one is there; `longtake resume {render_id}` refines it"
             end = Changed(time.time(), phase, message, outcome.exit_code)
+            self._telling.add(render_id)
             # What was asked for is written down already.
             await self._books.write(render_id, lambda state: None if state and state.phase == phase else end)
         del self._open[render_id]
@@ -388,7 +384,13 @@ class Farm:
                 self._free(hand)
         self._wake.set()
         if not goes_on:
-            await asyncio.to_thread(call_hooks, self._books.states[render_id])
+            await self._tell_hooks(render_id)
+
+    async def _tell_hooks(self, render_id: str) -> None:
+        if why := await asyncio.to_thread(call_hooks, self._books.states[render_id]):
+            # Whatever a person has changed meanwhile stays.
+            await self._books.write(render_id, lambda state: state.with_failed_hook(why) if state else None)
+        self._telling.discard(render_id)
 
     def _look_at_renders(self) -> None:
         """Take in what the renders need now, and stop those that have spent what they may."""
@@ -420,7 +422,7 @@ class Farm:
 
     def _collect(self, one: _Open) -> None:
         events, one.cursor = one.render.take_events(one.cursor)
-        self._events.setdefault(one.render.render_id, _Events()).add(events)
+        self._events.setdefault(one.render.render_id, Events()).add(events)
 
     # Lending
 
@@ -497,7 +499,7 @@ class Farm:
     def _use(self, render_id: str, *, busy_s: float = 0.0, loading_s: float = 0.0, lost_s: float = 0.0) -> None:
         state = self._books.states.get(render_id)
         usage = self._books.usage.of(render_id, state.submission.owner if state else "")
-        cost = (busy_s + loading_s + lost_s) / 3600 * self._settings.price_hour
+        cost = (busy_s + loading_s + lost_s) / 3600 * self._books.price_hour
         usage.busy_s += busy_s
         usage.loading_s += loading_s
         usage.lost_s += lost_s
@@ -508,13 +510,11 @@ class Farm:
 
     async def _hello(self) -> FarmSettings:
         await self._books.when_open()
-        return self._settings
+        return replace(self._settings, price_hour=self._books.price_hour)
 
     async def _submit(self, submission: Submission) -> tuple[Row, bool]:
         await self._books.when_open()
-        if submission.most_cost is not None and not self._settings.price_hour:
-            remedy = "Start the farm with --price."
-            raise SettingError("the farm knows no price", field="--max-cost", value=submission.most_cost, remedy=remedy)
+        self._books.check_counted(submission.most_cost)
         render_id, known = submission.render_id, False
 
         def decide(state: SubmissionState | None) -> Submitted | None:
@@ -565,10 +565,12 @@ class Farm:
 
     async def _follow(self, render_id: str, cursor: int) -> FarmNews:
         await self._books.when_open()
-        one = self._open.get(self._known(render_id))
-        if one is not None:
+        if not self._books.states[self._known(render_id)].is_open:
+            # Whoever watches goes with this answer.
+            await _gone(render_id, self._telling, HOOKS_S)
+        if (one := self._open.get(render_id)) is not None:
             self._collect(one)
-        events, after = self._events.get(render_id, _Events()).since(cursor)
+        events, after = self._events.get(render_id, Events()).since(cursor)
         return FarmNews(events, after, one.render.summary() if one else None, self._row(render_id))
 
     async def _change(self, render_id: str, phase: Phase) -> Row:
@@ -588,6 +590,7 @@ class Farm:
             if render_id in self._open:
                 raise _still_ending(render_id)
             order = state.submission
+            self._books.check_counted(order.most_cost)
             self._check_store(order)
             return Submitted(time.time(), order.approved() if state.phase == "approval" else order)
 
@@ -620,16 +623,11 @@ class Farm:
             one.ending, one.borrower.paused = phase, True
             await one.render.stop(exit_code)
         await self._books.soon(end())
-        await self._ended(render_id)
-
-    async def _ended(self, render_id: str) -> None:
-        """Wait until an open render has ended, for as long as saving may take."""
-        until_s = time.monotonic() + SAVE_LIMIT_S
-        while render_id in self._open and time.monotonic() < until_s:
-            await asyncio.sleep(0.1)
+        await _gone(render_id, self._open, SAVE_LIMIT_S)
 
     async def _adjust(self, render_id: str, entry: Adjusted) -> Row:
         await self._books.when_open()
+        self._books.check_counted(entry.most_cost)
         await self._books.ask(self._known(render_id), lambda state: entry)
         self._wake.set()
         return self._row(render_id)
@@ -648,7 +646,7 @@ class Farm:
         for one in list(self._open.values()):
             one.borrower.paused = True
             await one.render.stop(75)
-        await asyncio.gather(*(self._ended(render_id) for render_id in self._open))
+        await asyncio.gather(*(_gone(render_id, self._open, SAVE_LIMIT_S) for render_id in self._open))
         self._pool.close()
         await self._books.close()
 
@@ -671,7 +669,7 @@ class Farm:
             state.since_s,
             submission.store_url,
             self._held(render_id),
-            state.message,
+            state.note,
             state.exit_code,
         )
         if one and one.ending:
@@ -735,6 +733,13 @@ def _on_own_clock(unix_s: float | None) -> float | None:
     keep workers from renders for as long.
     """
     return None if unix_s is None else unix_s - time.time() + time.monotonic()
+
+
+async def _gone(render_id: str, among: Container[str], limit_s: float) -> None:
+    """Wait until it is not among them any more, for at most so long."""
+    until_s = time.monotonic() + limit_s
+    while render_id in among and time.monotonic() < until_s:
+        await asyncio.sleep(0.1)
 
 
 def _still_ending(render_id: str) -> SettingError:

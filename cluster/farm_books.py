@@ -20,7 +20,15 @@ from pipeline.lease import LeaseHeld, place_of
 from pipeline.ledger import Ledger
 from pipeline.records import seal
 from pipeline.store import Store
-from pipeline.submissions import Entry, SubmissionBook, SubmissionState, UsageBook, entry_to_json
+from pipeline.submissions import (
+    Entry,
+    SubmissionBook,
+    SubmissionState,
+    UsageBook,
+    entry_to_json,
+    load_price,
+    put_price,
+)
 
 log = logging.getLogger("longtake.farm")
 T = TypeVar("T")
@@ -38,10 +46,12 @@ Decide = Callable[[SubmissionState | None], Entry | None]
 
 
 class FarmBooks:
-    """`on_lost` is called when another farm has taken over, and is to end this process."""
+    """`on_lost` is called when another farm has taken over, and is to end this process. `price_hour` is kept in the
+    books; where it is None, what they have stays.
+    """
 
-    def __init__(self, store: Store, on_lost: Callable[[], None]) -> None:
-        self._store, self._on_lost = store, on_lost
+    def __init__(self, store: Store, on_lost: Callable[[], None], price_hour: float | None = None) -> None:
+        self._store, self._on_lost, self._given_price = store, on_lost, price_hour
         self._ledger = Ledger(store, outage_s=0.0)
         self._book = SubmissionBook(store)
         self._problem: LongtakeError | None = None
@@ -50,6 +60,8 @@ class FarmBooks:
         self._tries = 0
         """How often opening has failed."""
         self.usage = UsageBook()
+        self.price_hour = 0.0
+        """Of one worker, once the books are open; 0 where none is known."""
 
     @property
     def states(self) -> Mapping[str, SubmissionState]:
@@ -80,7 +92,19 @@ class FarmBooks:
         book = SubmissionBook(self._store)
         book.load()
         self.usage = UsageBook.load(self._store)
+        if self._given_price is not None:
+            self._ledger.check_lease()
+            put_price(self._store, self._given_price)
+        self.price_hour = load_price(self._store)
+        if self._given_price is None and self.price_hour:
+            log.warning("no --price was given: a worker costs %g an hour, as the books say", self.price_hour)
         self._book = book
+
+    def check_counted(self, most_cost: float | None) -> None:
+        """Raise SettingError for a budget where no price is known: nothing is spent that is not counted."""
+        if most_cost is not None and not self.price_hour:
+            remedy = "`longtake farm stop`, then `longtake farm start --price P` on the same books: they keep it."
+            raise SettingError("the farm knows no price", field="--max-cost", value=most_cost, remedy=remedy)
 
     async def when_open(self) -> None:
         """Raises why they cannot be opened, after another try; what may pass by itself only after a while."""

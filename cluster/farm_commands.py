@@ -80,10 +80,17 @@ def start_farm(cluster: Cluster, **wishes: Any) -> int:
     """Start the cluster's farm, or say that it runs. (A session keeps stdout to itself: print after it.)"""
     with _connected(cluster):
         settings = _start_farm(**wishes)
-    print(f"the farm runs on {settings.device}, its books are in {settings.store_url}")
+    print(f"the farm runs on {settings.device}, its books are in {settings.store_url}; {price_of(settings)}")
     if other := _not_taken(settings, **wishes):
         print(f"it ran before, with another {', '.join(other)}; `longtake farm stop` first, its queue stays")
     return 0
+
+
+def price_of(settings: FarmSettings) -> str:
+    """What a farm that runs counts by."""
+    if not settings.price_hour:
+        return "no price is known: --max-cost is not taken"
+    return f"a worker costs {settings.price_hour:g} an hour (--price, kept in its books)"
 
 
 def _not_taken(settings: FarmSettings, store: str | None = None, device: str = "auto", **wishes: Any) -> list[str]:
@@ -179,7 +186,7 @@ def parse_hook(text: str) -> Hook:
 def print_list(cluster: Cluster, *, as_json: bool) -> int:
     """All renders of the farm."""
     with _farm(cluster) as ask:
-        rows = ask(ask.actor.rows.remote())
+        rows, settings = ask(ask.actor.rows.remote()), ask(ask.actor.hello.remote())
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0
@@ -191,6 +198,7 @@ def print_list(cluster: Cluster, *, as_json: bool) -> int:
         about = (str(row.priority), row.owner, str(row.workers or ""), done, left, since, row.message)
         lines.append((row.render_id, row.phase, *about))
     _print_table(lines)
+    print(price_of(settings))
     return 0
 
 
@@ -233,7 +241,8 @@ def watch(render_id: str, cluster: Cluster, *, as_json: bool) -> int:
             time.sleep(WATCH_S)
     row = news.row
     if not as_json:
-        message = f"`longtake download {render_id}` fetches the film" if row.phase == "done" else row.message
+        fetch = f"`longtake download {render_id}` fetches the film" if row.phase == "done" else ""
+        message = "; ".join(part for part in (fetch, row.message) if part)
         print(f"{row.render_id}: {row.phase}{': ' + message if message else ''}")
     return int(row.exit_code if row.exit_code is not None else 1)
 

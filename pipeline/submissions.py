@@ -1,7 +1,8 @@
 """What a farm remembers of each render that was submitted to it: a log of entries, and the state that they add up to.
 
 `submissions/<render id>/<number>.json` in the farm's own store, each created only if absent, so the queue survives the
-farm, its cluster and whoever submitted. The renders' own work is not in here: their ledgers have it.
+farm, its cluster and whoever submitted. What was used, and the price of it, lie beside them. The renders' own work is
+not in here: their ledgers have it.
 
 Raises StoreError, SettingError as the store does, CorruptArtifact for an entry that is not whole.
 """
@@ -91,6 +92,8 @@ class Changed:
     message: str = ""
     exit_code: int | None = None
     """Of a render that has ended; that of `longtake render`."""
+    hook_failed: str = ""
+    """The first line of why a hook failed that was told of this."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,22 @@ class SubmissionState:
     since_s: float = 0.0
     message: str = ""
     exit_code: int | None = None
+    hook_failed: str = ""
 
     @property
     def is_open(self) -> bool:
         """Whether the farm has anything to do with it of its own accord."""
         return self.phase in ("queued", "running")
+
+    @property
+    def note(self) -> str:
+        """What a person should know of it: why it is there, and that a hook failed."""
+        failed = self.hook_failed and f"its hook failed: {self.hook_failed}"
+        return "; ".join(part for part in (self.message, failed) if part)
+
+    def with_failed_hook(self, why: str) -> Changed:
+        """The entry that says so and changes nothing else."""
+        return Changed(self.since_s, self.phase, self.message, self.exit_code, why)
 
 
 def apply_entry(state: SubmissionState | None, entry: Entry) -> SubmissionState:
@@ -131,9 +145,8 @@ def apply_entry(state: SubmissionState | None, entry: Entry) -> SubmissionState:
     if state is None:
         raise ValueError("the log does not begin with a submission")
     if isinstance(entry, Changed):
-        return replace(
-            state, phase=entry.phase, since_s=entry.at_s, message=entry.message, exit_code=entry.exit_code
-        )
+        about = {name: value for name, value in vars(entry).items() if name != "at_s"}
+        return replace(state, since_s=entry.at_s, **about)
     changes = {name: value for name, value in vars(entry).items() if name != "at_s" and value is not None}
     return replace(state, submission=replace(state.submission, **changes))
 
@@ -267,6 +280,24 @@ class Usage:
         """Add the numbers of another one."""
         for name in ("busy_s", "loading_s", "idle_s", "lost_s", "cost"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+PRICE_FILE = "price.json"
+
+
+def put_price(store: Store, price_hour: float) -> None:
+    """Write what a worker costs in an hour; 0 where no price is known."""
+    store.put_replace(PRICE_FILE, seal({"price_hour": price_hour}))
+
+
+def load_price(store: Store) -> float:
+    """What `put_price` wrote; 0 if nothing was, CorruptArtifact if it is not whole."""
+    try:
+        return float(unseal(store.read(PRICE_FILE))["price_hour"])
+    except FileNotFoundError:
+        return 0.0
+    except TornRecord as error:
+        raise corrupt(PRICE_FILE, str(error)) from error
 
 
 @dataclass

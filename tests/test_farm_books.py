@@ -19,7 +19,7 @@ from pipeline.farm import Borrower
 from pipeline.lease import Owner
 from pipeline.ledger import Ledger
 from pipeline.store import LocalStore
-from pipeline.submissions import Changed, Phase, Submission, SubmissionBook, SubmissionState, Submitted
+from pipeline.submissions import Adjusted, Changed, Hook, Phase, Submission, SubmissionBook, SubmissionState, Submitted
 
 ELSEWHERE = Owner("other-host/boot/space", 1, "mark")
 
@@ -73,8 +73,10 @@ def read(store: LocalStore) -> dict[str, str]:
     return {render_id: state.phase for render_id, state in book.states.items()}
 
 
-async def opened(store: LocalStore, on_lost: Callable[[], None] = lambda: None) -> FarmBooks:
-    books = FarmBooks(store, on_lost)
+async def opened(
+    store: LocalStore, on_lost: Callable[[], None] = lambda: None, price_hour: float | None = None
+) -> FarmBooks:
+    books = FarmBooks(store, on_lost, price_hour)
     await books.open()
     return books
 
@@ -246,8 +248,12 @@ def farm_on(books: FarmBooks) -> Farm:
     """A farm without Ray: its answers, on these books."""
     farm = Farm.__new__(Farm)
     farm._books, farm._settings, farm._open, farm._wake = books, FarmSettings("books"), {}, asyncio.Event()
-    farm._stopping, farm._events, farm._tasks, farm._held_back = False, {}, set(), set()
-    farm._pool = SimpleNamespace(hands={}, lenders=list, problem="", close=lambda: None)  # type: ignore[assignment]
+    farm._stopping, farm._events, farm._tasks, farm._held_back, farm._telling = False, {}, set(), set(), set()
+    farm._pool = SimpleNamespace(  # type: ignore[assignment]
+        hands={}, nodes={}, lenders=list, problem="", close=lambda: None, form=lambda gangs: None, asked=[],
+        resize=lambda wanted, most: farm._pool.asked.append(wanted),  # type: ignore[attr-defined]
+    )  # fmt: skip
+    farm._metrics = SimpleNamespace(count_cost=lambda cost: None)  # type: ignore[assignment]
     return farm
 
 
@@ -380,3 +386,116 @@ def test_a_film_that_is_done_before_its_pause_is_done(store: Trouble) -> None:
         assert read(store) == {"a": "done"}
 
     asyncio.run(pauses())
+
+
+# Money
+
+
+async def ended_with(store: LocalStore, price_hour: float, *entries: Submitted | Changed) -> None:
+    """Books that a farm with this price has left."""
+    books = await opened(store, price_hour=price_hour)
+    for entry in entries:
+        await books.write("a", lambda state, entry=entry: entry)  # type: ignore[misc]
+    await books.close()
+
+
+def test_a_farm_goes_on_with_the_price_that_its_books_keep(store: Trouble, caplog: pytest.LogCaptureFixture) -> None:
+    async def spends() -> None:
+        await ended_with(store, 3.6, Submitted(1.0, order(most_cost=5.0)), Changed(2.0, "running"))
+        farm, render = farm_on(await opened(store)), Running()
+        assert "a worker costs 3.6 an hour" in caplog.text
+        assert (await farm._hello()).price_hour == 3.6
+        render.loads, render.needs, render.numerics = {}, None, None  # type: ignore[attr-defined]
+        farm._open["a"] = one = _Open(render, Borrower("a"), None)  # type: ignore[arg-type]
+        farm._use("a", busy_s=4999.0)
+        farm._look_at_renders()
+        assert one.ending is None
+        farm._use("a", busy_s=1.0)
+        farm._look_at_renders()
+        assert (one.ending, one.why) == ("paused", "5.00 are spent; --max-cost is 5.00")
+
+    asyncio.run(spends())
+
+
+def test_a_farm_that_is_given_a_price_leaves_it_to_the_next_one(store: Trouble) -> None:
+    async def follow() -> None:
+        for given, found in ((None, 0.0), (3.6, 3.6), (None, 3.6), (4.5, 4.5), (None, 4.5), (0.0, 0.0), (None, 0.0)):
+            books = await opened(store, price_hour=given)
+            assert books.price_hour == found
+            other = FarmBooks(LocalStore(store.root), lambda: None, 9.0)
+            opening = asyncio.create_task(other.open())
+            with pytest.raises(SettingError, match="another farm"):
+                await other.when_open()
+            opening.cancel()
+            await books.close()
+
+    asyncio.run(follow())
+
+
+@pytest.mark.parametrize("phase", ["queued", "running"])
+def test_nothing_that_has_a_budget_is_begun_where_no_price_is_known(store: Trouble, phase: Phase) -> None:
+    async def refuses() -> None:
+        await ended_with(store, 3.6, Submitted(1.0, order(most_cost=5.0)), Changed(2.0, phase))
+        farm = farm_on(await opened(store, price_hour=0.0))
+        farm._turn()
+        assert farm._open == {} and farm._pool.asked == [0]  # type: ignore[attr-defined]
+        await eventually(lambda: read(store) == {"a": "paused"} and not farm._held_back)
+        row = await farm._describe("a")
+        assert "--max-cost: the farm knows no price (got 5.0)" in row.message and row.exit_code == 75
+        assert "`longtake farm start --price P`" in row.message and row.message.endswith("`longtake resume a`")
+        for asked in (farm._change("a", "queued"), farm._adjust("a", Adjusted(3.0, most_cost=9.0))):
+            with pytest.raises(SettingError, match="knows no price"):
+                await asked
+        assert read(store) == {"a": "paused"}
+        # Without a budget nothing has to be counted.
+        assert (await farm._submit(order()))[0].phase == "queued"
+
+    asyncio.run(refuses())
+
+
+def test_a_budget_goes_on_with_the_next_farm_that_has_a_price(store: Trouble) -> None:
+    async def goes_on() -> None:
+        await ended_with(store, 0.0, Submitted(1.0, order(most_cost=5.0)), Changed(2.0, "paused", "no price", 75))
+        farm = farm_on(await opened(store, price_hour=3.6))
+        assert (await farm._change("a", "queued")).phase == "queued"
+        farm._refuse_uncounted()
+        assert [one.render_id for one in farm._queue()] == ["a"]
+
+    asyncio.run(goes_on())
+
+
+# Hooks
+
+
+def test_who_watches_hears_that_a_hook_failed(store: Trouble) -> None:
+    hook = Hook(("done",), command=("sh", "-c", "sleep 0.5; echo first >&2; echo no route >&2; exit 3"))
+
+    async def watches() -> None:
+        farm, render, carry = await carrying(await opened(store))
+        await farm._books.write("a", lambda state: Submitted(1.0, order(hooks=(hook,))))
+        await farm._books.write("a", lambda state: Changed(2.0, "running"))
+        ends = asyncio.create_task(carry)
+        render.saved.set()
+        while (row := (await farm._follow("a", 0)).row).phase == "running":
+            await asyncio.sleep(0.01)
+        assert (row.phase, row.message, row.exit_code) == ("done", "its hook failed: sh: exit status 3, no route", 0)
+        await ends
+        book = SubmissionBook(LocalStore(store.root))
+        book.load()
+        assert book.states["a"].note == row.message and book.states["a"].since_s == row.since_s
+        assert (await farm._submit(order()))[0].message == row.message, "it is done, and attached to"
+
+    asyncio.run(watches())
+
+
+def test_a_hook_that_hangs_holds_up_nobody_who_watches(store: Trouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.farm.HOOKS_S", 0.2)
+
+    async def watches() -> None:
+        farm = farm_on(await opened(store))
+        await farm._books.write("a", submitted)
+        await farm._books.write("a", lambda state: Changed(2.0, "done", "", 0))
+        farm._telling.add("a")
+        assert (await farm._follow("a", 0)).row.phase == "done"
+
+    asyncio.run(watches())

@@ -19,9 +19,10 @@ import pytest
 from cluster.cli import main
 from cluster.cli_farm import is_farmed
 from cluster.download import download_film
-from cluster.farm import KEPT_RENDERS, UNUSED_S, Farm, FarmSettings, _Events, forget_ended
+from cluster.farm import UNUSED_S, Farm, FarmSettings
 from cluster.farm_books import FarmBooks
-from cluster.farm_commands import Cluster, Wishes, _not_taken, parse_hook, submission_of
+from cluster.farm_commands import Cluster, Wishes, _not_taken, parse_hook, price_of, submission_of
+from cluster.farm_events import KEPT_RENDERS, Events, forget_ended
 from cluster.farm_hooks import call_hooks
 from cluster.farm_metrics import FarmMetrics
 from cluster.farm_pool import Hand
@@ -89,7 +90,7 @@ def test_the_states_can_be_walked_through_while_an_entry_is_written(tmp_path: Pa
 
 
 def test_events_are_kept_of_open_renders_and_of_the_last_others() -> None:
-    events = {str(number): _Events() for number in range(KEPT_RENDERS + 5)}
+    events = {str(number): Events() for number in range(KEPT_RENDERS + 5)}
     forget_ended(events, {"0", "3"})
     assert list(events) == ["0", "3", *map(str, range(5, KEPT_RENDERS + 5))]
 
@@ -208,6 +209,8 @@ def test_a_farm_that_runs_says_which_wishes_it_was_not_started_with(tmp_path: Pa
     assert _not_taken(settings) == []
     other = _not_taken(settings, store=str(tmp_path / "x"), device="cuda", most_workers=1, price_hour=3.5, idle_s=5.0)
     assert other == ["--workers", "--idle", "--price", "--device", "--farm-store"]
+    assert price_of(settings) == "a worker costs 1 an hour (--price, kept in its books)"
+    assert price_of(replace(settings, price_hour=0.0)) == "no price is known: --max-cost is not taken"
 
 
 def test_a_farms_render_is_meant_where_a_cluster_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,16 +335,25 @@ def test_hooks_are_told_and_a_broken_one_harms_nobody(tmp_path: Path) -> None:
     save = f"import sys; open({str(tmp_path / 'said')!r}, 'w').write(sys.stdin.read())"
     hooks = (
         Hook(("failed",), command=("/no/such/command",)),
+        Hook(("failed",), command=("false", "--token", "secret")),
+        Hook(("failed",), url="http://user:secret@example.org:nonsense/secret"),
         Hook(("failed",), command=(sys.executable, "-c", save)),
         Hook(("failed",), url=f"http://127.0.0.1:{server.server_port}/"),
         Hook(("done",), command=(sys.executable, "-c", f"open({str(tmp_path / 'never')!r}, 'w')")),
     )
     state = SubmissionState(submission(hooks=hooks, owner="ann"), 1.0, "failed", 2.0, "no", 1)
-    call_hooks(state)
+    why = call_hooks(state)
+    assert not (tmp_path / "never").exists()
     server.shutdown()
+    assert why.split("; ")[:2] == [
+        "/no/such/command: [Errno 2] No such file or directory: '/no/such/command'",
+        "false: exit status 1",
+    ]
+    assert why.split("; ")[2].startswith("example.org:nonsense: nonnumeric port")
+    assert "secret" not in why and len(why.split("; ")) == 3
     assert (told[0]["event"], told[0]["render"], told[0]["exit_code"]) == ("failed", "a", 1)
     assert json.loads((tmp_path / "said").read_text()) == told[0]
-    assert not (tmp_path / "never").exists()
+    assert call_hooks(replace(state, phase="done")) == "" and len(told) == 1
 
 
 def test_metrics_count_without_naming_renders() -> None:

@@ -231,14 +231,16 @@ def test_a_cancelled_render_stops_and_wrong_words_are_refused(place: Place) -> N
 
 def test_a_stopped_farm_is_followed_by_another_on_the_same_books(place: Place, films: dict[str, str]) -> None:
     place.hooks.faults(SLOW)
-    render_id = place.submit("late", "handed-on")
+    render_id = place.submit("late", "handed-on", "--max-cost", "100", "--on-event", "done=/no/such/hook")
     until(lambda: place.commits("handed-on"), "it has begun")
     place.ask("farm", "stop")
     kept, attempts = place.commits("handed-on"), len(place.attempts("handed-on"))
     place.ask("list", code=2)
     place.hooks.faults()
-    place.ask("farm", "start", "--farm-store", str(place.books), "--device", "cpu", "--price", str(PRICE))
+    told = place.ask("farm", "start", "--farm-store", str(place.books), "--device", "cpu")
+    assert f"a worker costs {PRICE} an hour" in told and f"a worker costs {PRICE} an hour" in place.ask("list")
     place.rest(render_id)
+    assert "its hook failed: /no/such/hook: [Errno 2]" in place.ask("watch", render_id)
     place.check_nothing_redone("handed-on", kept, attempts)
     assert place.film_sha256("handed-on") == films["late"]
 
