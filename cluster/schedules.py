@@ -47,7 +47,7 @@ from pipeline.recurring import (
 )
 from pipeline.rows import read_rows
 from pipeline.schedule_log import ScheduleLog, schedule_ids
-from pipeline.schedule_turn import Runner, RunOutcome, advance
+from pipeline.schedule_turn import REPLACED, Runner, RunOutcome, advance
 from pipeline.spec import Storyboard, load_template
 from pipeline.store import Store, open_store
 
@@ -275,7 +275,9 @@ def _tick_one(store: Store, schedule_id: str, runner: Runner) -> int:
         if before.runs.get(run.number) != run:
             _say_other_name(run)
             print(f"{run.id}: {_standing(run)}")
-            failed = failed or (run.ended.exit_code if run.ended else 0)
+            code = run.ended.exit_code if run.ended else 0
+            # One that made room for another has not failed, and its own process has said how it ended.
+            failed = failed or (0 if code == REPLACED.exit_code else code)
     return failed
 
 

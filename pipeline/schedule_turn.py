@@ -22,6 +22,9 @@ class RunOutcome:
     message: str
 
 
+REPLACED = RunOutcome(130, "replaced before it ended")
+
+
 class Runner(Protocol):
     """Who renders. Each call may be repeated after a crash and changes nothing the second time."""
 
@@ -58,11 +61,10 @@ def _take_step(log: ScheduleLog, now_s: float, runner: Runner) -> bool:
             log.append(_submit(run, now_s, runner))
         case Cancel(run):
             runner.cancel(run)
-            replaced = RunOutcome(130, "replaced before it ended")
             log.append(
                 CancelAsked(now_s, run.number)
                 if run.submitted
-                else _end_of(run, now_s, runner.outcome(run) or replaced)
+                else _end_of(run, now_s, runner.outcome(run) or REPLACED)
             )
         case entry:
             log.append(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import pytest
 import yaml
 
 from cluster.cli import main
+from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import RenderRequest
 from pipeline.errors import OrchestratorLost, StoreError
+from pipeline.facts import CheckpointFacts, Facts
 from pipeline.journal import AttemptStarted
 from pipeline.lease import this_process
 from pipeline.ledger import Ledger
 from pipeline.records import seal
+from pipeline.spec import parse_spec
 from pipeline.store import LocalStore
 from pipeline.tasks import CommitRecord
+from tests.test_requests import Orchestrator
 
 FILM = "title: ${date}\nseed: ${counter}\nshots:\n  - {duration: 2s, prompt: 'a ${colour} circle'}\n"
 
@@ -242,6 +247,41 @@ def test_a_stop_between_a_loss_and_the_next_try_leaves_the_run_to_the_next_tick(
     assert main(["schedule", "run-now", "news"]) == 75
     assert [run["state"] for run in listed(capsys, "news")] == ["claimed"]
     assert main(["schedule", "tick"]) == 0
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_another_process_renders_is_stopped_before_it_is_replaced(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: bool
+) -> None:
+    now_s = datetime(2026, 11, 26, 12, tzinfo=UTC).timestamp()
+    monkeypatch.setattr("cluster.schedules.time.time", lambda: now_s)
+    assert add("--cron", "30 2,14 * * *", "--overlap", "replace") == 0
+    now_s, renderer.codes = datetime(2026, 11, 27, 2, tzinfo=UTC).timestamp(), [75]
+    assert main(["schedule", "tick"]) == 75
+    [first] = listed(capsys, "news")
+    store = LocalStore(Path(first["store"]))
+    spec = parse_spec(json.dumps({"shots": [{"duration": "2s", "prompt": "a red circle"}]}))
+    Recipe(spec, Facts(checkpoint=CheckpointFacts("/somewhere", "0" * 64))).put(store)
+    other = Orchestrator(store, answers=True)
+    if finished:
+        film_id = make_plan(load_recipe(store), other.ledger.load().overrides).film_task_id
+        other.ledger.journal([AttemptStarted(film_id, 1, 1, "w1", "here")])
+        other.ledger.commit(CommitRecord(film_id, 1, 1, (), {}))
+    now_s += 12 * 3600
+    other.start()
+    try:
+        assert main(["schedule", "tick"]) == 0, "to be replaced is no failure"
+    finally:
+        other.over.set()
+        other.join()
+    assert [request.kind for request in other.heard] == ["cancel"]
+    one, two = listed(capsys, "news")
+    stores = [one["store"], two["store"]]
+    assert renderer.stores[1:] == stores[not finished :], "a film that is there is put in its place"
+    assert one["state"] == ("done" if finished else "exit code 130: replaced before it ended")
+    assert two["state"] == "done"
+    name = renderer.films[-1].get("output", {}).get("path")
+    assert name == ("2026-11-27-2.mp4" if finished else None), "the name that the film's title gives it is taken"
 
 
 @pytest.mark.parametrize(
