@@ -16,6 +16,7 @@ import socket
 import sys
 import urllib.error
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 from pipeline.errors import SettingError
@@ -101,10 +102,16 @@ def check_token_file(path: Path) -> None:
 
 
 def write_token(path: Path) -> None:
-    """A new token in a new file that only its owner can read."""
+    """This process's token in a new file that only its owner can read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
+        file.write(_new_token())
+
+
+@cache
+def _new_token() -> str:
+    """One for all sessions of a process: Ray reads the token once, and would be refused by the next with another."""
+    return secrets.token_hex(32)
 
 
 def answers_anyone(url: str) -> bool:

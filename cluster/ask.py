@@ -107,7 +107,7 @@ def print_pause(place: str, store: str | None, *, as_json: bool) -> int:
     render = open_render(place, store)
     plan = make_plan(load_recipe(render), open_ledger(render).load().overrides)
     if running(render) is None:
-        done = _is_finished(render, plan)
+        done = is_finished(render, plan)
         said = "is finished" if done else "is not running; `longtake render` goes on with it"
         return say(render, "finished" if done else "not running", said, as_json)
     return _stop(render, plan, "pause", as_json)
@@ -117,12 +117,15 @@ def print_cancel(place: str, store: str | None, *, as_json: bool) -> int:
     """Stop a render at once and have it down as cancelled, running or not; what is committed stays."""
     render = open_render(place, store)
     plan = make_plan(load_recipe(render), open_ledger(render).load().overrides)
-    if running(render) is None and _is_finished(render, plan):
+    if running(render) is None and is_finished(render, plan):
         return say(render, "finished", "is finished: there is nothing to cancel", as_json)
     return _stop(render, plan, "cancel", as_json)
 
 
-def _stop(render: Store, plan: Plan, kind: Literal["pause", "cancel"], as_json: bool) -> int:
+def stop(render: Store, plan: Plan, kind: Literal["pause", "cancel"]) -> bool:
+    """Have the render end, and wait for that; whether it is finished. Raises as `ask`, and TransientError if that takes
+    too long.
+    """
     taken = ask(render, new_request(kind), plan)
     waited_s = 0.0
     while taken.by == "orchestrator" and (holder := running(render)) is not None and holder.epoch == taken.epoch:
@@ -130,7 +133,11 @@ def _stop(render: Store, plan: Plan, kind: Literal["pause", "cancel"], as_json: 
             raise TransientError(f"{render.url}: the {kind} was taken in, but the render has not ended yet")
         time.sleep(LOOK_S)
         waited_s += LOOK_S
-    if _is_finished(render, plan):
+    return is_finished(render, plan)
+
+
+def _stop(render: Store, plan: Plan, kind: Literal["pause", "cancel"], as_json: bool) -> int:
+    if stop(render, plan, kind):
         return say(render, "finished", f"was finished before the {kind}", as_json)
     if kind == "pause":
         return say(render, "paused", "is paused; `longtake render` goes on with it", as_json)
@@ -168,7 +175,8 @@ def failed_tasks(plan: Plan, state: LedgerState) -> list[str]:
     ]
 
 
-def _is_finished(store: Store, plan: Plan) -> bool:
+def is_finished(store: Store, plan: Plan) -> bool:
+    """Whether the film of this plan is there."""
     return plan.film_task_id in open_ledger(store).load().commits
 
 

@@ -29,7 +29,7 @@ from cluster.progress import Display, format_seconds, make_display
 from cluster.recipe import Recipe, make_plan
 from cluster.scratch import scratch_folder
 from pipeline.changes import left_to_do
-from pipeline.errors import InputFileError, Interrupted, SettingError, TransientError, first_line
+from pipeline.errors import InputFileError, Interrupted, OrchestratorLost, SettingError, TransientError, first_line
 from pipeline.journal import RedoRequested
 from pipeline.lease import refuse_if_live, this_process
 from pipeline.ledger import LedgerState
@@ -149,9 +149,11 @@ def prepare(request: RenderRequest) -> Prepared:
 
 
 def render(request: RenderRequest) -> int:
-    """Render; returns the exit code. Raises LongtakeError for what the command line reports in one line."""
+    """Render; returns the exit code. Raises LongtakeError for what the command line reports in one line, of that
+    OrchestratorLost if the same again goes on.
+    """
     started_s = time.monotonic()
-    with _stopping() as stop:
+    with stopping() as stop:
         prepared = prepare(request)
         target = Path(prepared.plan.output_path)
         if prepared.redo is not None and running(prepared.store) is not None:
@@ -220,7 +222,7 @@ def _refuse_second(store: Store) -> None:
 
 
 @contextmanager
-def _stopping() -> Iterator[Stop]:
+def stopping() -> Iterator[Stop]:
     """SIGTERM and Ctrl-C stop in order: running denoising saves its state first."""
     before = {number: signal.getsignal(number) for number in STOP_CODES}
     stop = Stop()
@@ -306,10 +308,12 @@ def _follow(job: RenderJob, display: Display, stop: Stop) -> Outcome:
 
 
 def _lost(error: Exception, stop: Stop) -> Outcome:
-    """The orchestrator's process is gone. After a request to stop that is how some systems carry it out."""
+    """The orchestrator's process is gone. After a request to stop that is how some systems carry it out; otherwise
+    raises OrchestratorLost.
+    """
     if stop.codes:
         return Outcome(stop.codes[-1], "stopped; the same command continues")
-    return Outcome(1, f"the orchestrator is gone ({first_line(error)}); the same command continues")
+    raise OrchestratorLost(f"the orchestrator is gone ({first_line(error)}); the same command continues") from error
 
 
 def put_media(plan: Plan, store: Store) -> None:

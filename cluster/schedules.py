@@ -1,7 +1,8 @@
 """`longtake schedule ...`: order renders that come again, look at them, and have what is due rendered.
 
 Runs are rendered in this process, one after another, unless a farm does it (`Runner`). A run that was
-interrupted here goes on with the next `run-now` or `tick`.
+interrupted here goes on with the next `run-now` or `tick`. One whose orchestrator is lost goes on in the same process,
+or, where that is lost with it, with the next `tick`: from what is committed, no more than `MOST_LOST` times in a row.
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ from typing import Any
 
 import yaml
 
+from cluster.ask import is_finished, running, stop
+from cluster.places import open_ledger
 from cluster.probe import with_home
-from cluster.render import STOP_CODES, RenderRequest, render
+from cluster.recipe import RECIPE_FILE, load_recipe, make_plan
+from cluster.render import STOP_CODES, RenderRequest, render, stopping
 from pipeline.cron import parse_cron
-from pipeline.errors import CorruptArtifact, Interrupted, LongtakeError, LostError, SettingError, TransientError
-from pipeline.lease import LeaseHeld, last_holder, place_of, refuse_if_live, this_process
+from pipeline.errors import (
+    CorruptArtifact,
+    Interrupted,
+    LongtakeError,
+    LostError,
+    OrchestratorLost,
+    SettingError,
+    TransientError,
+)
+from pipeline.lease import LeaseHeld, last_holder, place_of, refuse_if_live, this_process, unreleased
 from pipeline.recurring import (
     Added,
     Definition,
@@ -35,12 +47,16 @@ from pipeline.recurring import (
 )
 from pipeline.rows import read_rows
 from pipeline.schedule_log import ScheduleLog, schedule_ids
-from pipeline.schedule_turn import Runner, RunOutcome, advance
+from pipeline.schedule_turn import REPLACED, Runner, RunOutcome, advance
 from pipeline.spec import Storyboard, load_template
 from pipeline.store import Store, open_store
 
 WATCH_S = 30.0
 """How long a process on another host is watched for its heartbeat."""
+MOST_LOST = 3
+"""How often since its last commit a run may lose its orchestrator and still be gone on with."""
+LOST_PAUSE_S = 30.0
+"""Before this process goes on after such a loss: a machine that ran out of memory gets time to have some again."""
 AGAIN = 75
 """Exit code of what goes on when the same command is run again."""
 
@@ -58,28 +74,66 @@ class HereRunner:
         self._outcomes: dict[str, RunOutcome] = {}
 
     def submit(self, run: Run) -> None:
-        """Render it to its end. Raises Interrupted if it is stopped, UnderWay if another process is at it: then it has
-        not been submitted.
+        """Render it to its end, and again where its orchestrator was lost. Raises Interrupted if it is stopped,
+        UnderWay if another process is at it: then it has not been submitted.
         """
-        check_nobody_renders(run)
-        written = run.storyboard().as_written()
-        with tempfile.TemporaryDirectory() as folder:
-            film = Path(folder) / "storyboard.yaml"
-            film.write_text(yaml.safe_dump(written, allow_unicode=True, sort_keys=False))
-            code = render(RenderRequest(storyboard=film, store=run.store_url))
-        if code == SettingError.exit_code:
-            # Perhaps because another one has begun just before.
+        store, early, last = open_store(run.store_url), 0, ""
+        while run.id not in self._outcomes:
             check_nobody_renders(run)
-        if code in STOP_CODES.values():
-            raise Interrupted(f"{run.id} was stopped; the next turn goes on with it", code)
-        self._outcomes[run.id] = RunOutcome(code, "")
+            lost = early + lost_since_commit(store)
+            if lost > MOST_LOST:
+                message = f"its orchestrator was lost {lost} times, and nothing was committed in between"
+                self._outcomes[run.id] = RunOutcome(1, f"{message}{last}")
+                return
+            leases = len(unreleased(store))
+            try:
+                self._outcomes[run.id] = RunOutcome(render_here(run), "")
+            except OrchestratorLost as error:
+                # One that died before it took the lease has left no trace in the store.
+                early = early + 1 if len(unreleased(store)) == leases else 0
+                last = f"; the last time: {error}"
+                print(f"{run.id}: {error}", flush=True)
+                with stopping():
+                    time.sleep(LOST_PAUSE_S)
 
     def outcome(self, run: Run) -> RunOutcome | None:
-        """Known for what was rendered by this process."""
+        """Known for what was rendered, or found finished, by this process."""
         return self._outcomes.get(run.id)
 
     def cancel(self, run: Run) -> None:
-        """Nothing renders beside this process."""
+        """Stop the process that renders it, and wait for that. What has its film by then is over."""
+        store = open_store(run.store_url)
+        if store.head(RECIPE_FILE) is None:
+            return
+        plan = make_plan(load_recipe(store), open_ledger(store).load().overrides)
+        if is_finished(store, plan) if running(store) is None else stop(store, plan, "cancel"):
+            # To put the film in its place, which that process may not have come to.
+            self.submit(run)
+
+
+def render_here(run: Run) -> int:
+    """Render it in this process; the exit code. Raises Interrupted, UnderWay, OrchestratorLost."""
+    written = run.storyboard().as_written()
+    with tempfile.TemporaryDirectory() as folder:
+        film = Path(folder) / "storyboard.yaml"
+        film.write_text(yaml.safe_dump(written, allow_unicode=True, sort_keys=False))
+        code = render(RenderRequest(storyboard=film, store=run.store_url))
+    if code in (LongtakeError.exit_code, SettingError.exit_code):
+        # Perhaps because another one has begun just before, or has taken over.
+        check_nobody_renders(run)
+    if code in STOP_CODES.values():
+        raise Interrupted(f"{run.id} was stopped; the next turn goes on with it", code)
+    return code
+
+
+def lost_since_commit(store: Store) -> int:
+    """How many orchestrators of a render that nobody renders now were lost after the last that committed anything."""
+    lost = unreleased(store)
+    if len(lost) <= MOST_LOST:
+        return len(lost)
+    commits = open_ledger(store).load().commits.values()
+    last = max((record.epoch for record in commits), default=0)
+    return sum(epoch > last for epoch in lost)
 
 
 def check_nobody_renders(run: Run) -> None:
@@ -179,9 +233,11 @@ def run_now(place: str, name: str, runner: Runner | None) -> int:
     except UnderWay as error:
         print(error)
         return 0
-    ended = log.state.runs[run.number].ended
-    if ended is None:
-        print(f"{run.id}: {'submitted' if log.state.runs[run.number].submitted else 'waits for the run before it'}")
+    before, run = run, log.state.runs[run.number]
+    if run.same_name != before.same_name:
+        _say_other_name(run)
+    if (ended := run.ended) is None:
+        print(f"{run.id}: {'submitted' if run.submitted else 'waits for the run before it'}")
         return 0
     print(f"{run.id}: exit code {ended.exit_code}{': ' if ended.message else ''}{ended.message}")
     return ended.exit_code
@@ -219,7 +275,9 @@ def _tick_one(store: Store, schedule_id: str, runner: Runner) -> int:
         if before.runs.get(run.number) != run:
             _say_other_name(run)
             print(f"{run.id}: {_standing(run)}")
-            failed = failed or (run.ended.exit_code if run.ended else 0)
+            code = run.ended.exit_code if run.ended else 0
+            # One that made room for another has not failed, and its own process has said how it ended.
+            failed = failed or (0 if code == REPLACED.exit_code else code)
     return failed
 
 

@@ -14,6 +14,7 @@
     │   └── DeviceError      a GPU, or a library that computes on it, failed
     ├── LostError            the machine under the task is gone: retried, not charged
     │   ├── WorkerLost
+    │   ├── OrchestratorLost the process that led the render died: the same command goes on
     │   └── LeaseLost        another orchestrator holds the render now
     ├── QualityError         the gate refused the output, exit code 4
     ├── PermanentError       cannot pass: not retried, exit code 1
@@ -106,6 +107,10 @@ class LostError(LongtakeError):
 
 class WorkerLost(LostError):
     """The worker's process or node died, or it stopped making progress."""
+
+
+class OrchestratorLost(LostError):
+    """The process that led the render died, or does not answer any more. What is committed is kept."""
 
 
 class LeaseLost(LostError):

@@ -67,17 +67,21 @@ def lease_path(epoch: int) -> str:
 
 def last_holder(store: Store) -> LeaseHolder | None:
     """Who took the last lease, None if nobody ever did. One that cannot be read counts as released."""
-    names = {file.path.removeprefix("lease/") for file in store.list("lease")}
-    epochs = [int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name)]
+    epochs = _epochs(store)
     if not epochs:
         return None
     epoch = max(epochs)
-    released = f"{epoch:08d}.released" in names
+    released = epochs[epoch]
     try:
         value = unseal(store.read(lease_path(epoch)))
     except TornRecord:
         return LeaseHolder(epoch, Owner("unknown", 0), 0.0, True)
     return LeaseHolder(epoch, Owner(**value["owner"]), value["taken_at_s"], released)
+
+
+def unreleased(store: Store) -> list[int]:
+    """Epochs that no holder has ended in order: each was lost, but for the last one if its holder lives."""
+    return sorted(epoch for epoch, released in _epochs(store).items() if not released)
 
 
 def lease_record(epoch: int, owner: Owner, nonce: str, taken_at_s: float, *, fresh: bool = False) -> bytes:
@@ -128,6 +132,13 @@ def refuse_if_live(
 def beat_path(epoch: int) -> str:
     """Where the holder's heartbeat lies."""
     return f"lease/{epoch:08d}.beat"
+
+
+def _epochs(store: Store) -> dict[int, bool]:
+    """Whether each was released."""
+    names = {file.path.removeprefix("lease/") for file in store.list("lease")}
+    epochs = [name[:8] for name in names if re.fullmatch(r"[0-9]{8}\.json", name)]
+    return {int(epoch): f"{epoch}.released" in names for epoch in epochs}
 
 
 def _beats(store: Store, epoch: int, watch_s: float, sleep: Callable[[float], None]) -> bool:

@@ -185,12 +185,12 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Stop it; what is committed is kept. Then append `CancelAsked`."""
+    """Stop it; what is committed is kept. Then append `CancelAsked`, or `Ended` for one that nobody has submitted."""
 
     run: Run
 
 
-Step = Claimed | Skipped | Ended | Submit | Cancel
+Step = Claimed | Skipped | Submit | Cancel
 
 
 def apply_entry(state: State, entry: Entry) -> State:
@@ -215,7 +215,7 @@ def apply_entry(state: State, entry: Entry) -> State:
         case CancelAsked(_, run):
             return _change(state, run, cancel_asked=True)
         case Ended(_, run):
-            return _change(state, run, ended=entry)
+            return _leave_film(_change(state, run, ended=entry), state.runs[run], entry.exit_code)
 
 
 def _film_name(definition: Definition, claim: Claimed) -> str:
@@ -241,6 +241,18 @@ def _next_of_name(state: State, film: str) -> int:
     return max(made, default=0) + 1
 
 
+def _leave_film(state: State, run: Run, exit_code: int) -> State:
+    """A run that was to be replaced has made its film after all: those that follow get the numbers behind it."""
+    if not run.film or exit_code != 0:
+        return state
+    return replace(state, runs={
+        number: replace(other, same_name=max(other.same_name, run.same_name + 1))
+        if other.film == run.film and other.ended is None and not other.submitted and number > run.number
+        else other
+        for number, other in state.runs.items()
+    })
+
+
 def _change(state: State, run: int, **changes: Any) -> State:
     return replace(state, runs={**state.runs, run: replace(state.runs[run], **changes)})
 
@@ -259,8 +271,6 @@ def next_step(state: State, now_s: float) -> Step | None:
         return None
     first, last = open_runs[0], open_runs[-1]
     if first is not last and last.definition.overlap == "replace":
-        if not first.submitted:
-            return Ended(now_s, first.number, 130, "replaced before it began")
         return None if first.cancel_asked else Cancel(first)
     return None if first.submitted else Submit(first)
 

@@ -22,6 +22,9 @@ class RunOutcome:
     message: str
 
 
+REPLACED = RunOutcome(130, "replaced before it ended")
+
+
 class Runner(Protocol):
     """Who renders. Each call may be repeated after a crash and changes nothing the second time."""
 
@@ -29,10 +32,10 @@ class Runner(Protocol):
         """Have it rendered under its id. Raises UserError if that can never be."""
 
     def outcome(self, run: Run) -> RunOutcome | None:
-        """How a submitted run ended; None while it has not, or nobody knows."""
+        """How a run ended; None while it has not, or nobody knows."""
 
     def cancel(self, run: Run) -> None:
-        """Stop it."""
+        """Stop it, if anybody renders it: whoever has begun with it may not have said so yet, or have died."""
 
 
 def advance(log: ScheduleLog, now_s: float, runner: Runner) -> None:
@@ -45,7 +48,7 @@ def advance(log: ScheduleLog, now_s: float, runner: Runner) -> None:
 def _note_end(log: ScheduleLog, now_s: float, runner: Runner) -> bool:
     for run in log.state.open_runs:
         if run.submitted and (outcome := runner.outcome(run)) is not None:
-            log.append(Ended(now_s, run.number, outcome.exit_code, outcome.message))
+            log.append(_end_of(run, now_s, outcome))
             return True
     return False
 
@@ -58,7 +61,11 @@ def _take_step(log: ScheduleLog, now_s: float, runner: Runner) -> bool:
             log.append(_submit(run, now_s, runner))
         case Cancel(run):
             runner.cancel(run)
-            log.append(CancelAsked(now_s, run.number))
+            log.append(
+                CancelAsked(now_s, run.number)
+                if run.submitted
+                else _end_of(run, now_s, runner.outcome(run) or REPLACED)
+            )
         case entry:
             log.append(entry)
     return True
@@ -70,4 +77,10 @@ def _submit(run: Run, now_s: float, runner: Runner) -> Submitted | Ended:
         runner.submit(run)
     except UserError as error:
         return Ended(now_s, run.number, error.exit_code, str(error))
-    return Submitted(now_s, run.number)
+    # One entry for both: a crash between two would leave a run of which nobody knows that it is over.
+    outcome = runner.outcome(run)
+    return Submitted(now_s, run.number) if outcome is None else _end_of(run, now_s, outcome)
+
+
+def _end_of(run: Run, now_s: float, outcome: RunOutcome) -> Ended:
+    return Ended(now_s, run.number, outcome.exit_code, outcome.message)

@@ -84,6 +84,12 @@ def test_our_tokens_are_readable_by_their_owner_alone(no_token: None, tmp_path: 
         write_token(path)
 
 
+def test_all_local_clusters_of_a_process_have_one_token_since_ray_reads_it_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_token(tmp_path / name)
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text()
+
+
 def test_a_local_cluster_has_a_token_of_its_own_unless_one_is_given(
     no_token: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

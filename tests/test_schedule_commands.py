@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,18 @@ import pytest
 import yaml
 
 from cluster.cli import main
+from cluster.recipe import Recipe, load_recipe, make_plan
 from cluster.render import RenderRequest
-from pipeline.errors import StoreError
+from pipeline.errors import OrchestratorLost, StoreError
+from pipeline.facts import CheckpointFacts, Facts
+from pipeline.journal import AttemptStarted
+from pipeline.lease import this_process
 from pipeline.ledger import Ledger
 from pipeline.records import seal
+from pipeline.spec import parse_spec
 from pipeline.store import LocalStore
+from pipeline.tasks import CommitRecord
+from tests.test_requests import Orchestrator
 
 FILM = "title: ${date}\nseed: ${counter}\nshots:\n  - {duration: 2s, prompt: 'a ${colour} circle'}\n"
 
@@ -153,6 +163,127 @@ def test_a_tick_that_an_error_ended_which_may_pass_is_told_from_one_that_failed(
     assert [run["state"] for run in listed(capsys, "news")] == ["exit code 1"]
 
 
+class Losing:
+    """Loses the orchestrator of each render, as told: "lease" after it has taken the lease, "start" before it has,
+    "commit" after it has committed a task, too. Afterwards renders end well.
+    """
+
+    def __init__(self, *losses: str) -> None:
+        self.losses = list(losses)
+        self.stores: list[str] = []
+
+    def __call__(self, request: RenderRequest) -> int:
+        assert request.store is not None
+        self.stores.append(request.store)
+        if not self.losses:
+            return 0
+        if (loss := self.losses.pop(0)) != "start":
+            lose_orchestrator(Path(request.store), commits=loss == "commit")
+        raise OrchestratorLost("the orchestrator is gone (out of memory)")
+
+
+def lose_orchestrator(folder: Path, *, commits: bool = False) -> None:
+    """What one leaves that was killed."""
+    ledger = Ledger(LocalStore(folder), owner=replace(this_process(), pid=1, mark="another"))
+    epoch = ledger.take_lease()
+    if commits:
+        ledger.load()
+        ledger.journal([AttemptStarted(f"t{epoch}", 1, epoch, "w1", "here")])
+        ledger.commit(CommitRecord(f"t{epoch}", 1, epoch, (), {}))
+
+
+@pytest.mark.parametrize(
+    ("losses", "tries", "code"),
+    [
+        (["lease"], 2, 0),
+        (["lease", "start", "lease"], 4, 0),
+        (["lease"] * 4, 4, 1),
+        (["start"] * 4, 4, 1),
+        (["lease"] * 3 + ["commit"] + ["lease"] * 3, 8, 0),
+        (["commit"] + ["lease"] * 4, 5, 1),
+    ],
+)
+def test_a_run_whose_orchestrator_is_lost_goes_on_in_its_store_and_is_given_up_where_nothing_comes_of_it(
+    renderer: Renderer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    losses: list[str],
+    tries: int,
+    code: int,
+) -> None:
+    losing = Losing(*losses)
+    monkeypatch.setattr("cluster.schedules.render", losing)
+    monkeypatch.setattr("cluster.schedules.LOST_PAUSE_S", 0.0)
+    assert add() == 0
+    assert main(["schedule", "run-now", "news"]) == code
+    assert len(losing.stores) == tries and len(set(losing.stores)) == 1
+    [run] = listed(capsys, "news")
+    assert run["state"] == "done" if code == 0 else "lost 4 times" in run["state"] and "out of memory" in run["state"]
+    assert main(["schedule", "tick", "news"]) == 0
+    assert len(losing.stores) == tries, "it has ended"
+
+
+@pytest.mark.parametrize(("lost", "code"), [(3, 0), (4, 1)])
+def test_a_run_whose_whole_process_was_lost_goes_on_with_the_next_tick_and_is_given_up_as_well(
+    renderer: Renderer, capsys: pytest.CaptureFixture[str], lost: int, code: int
+) -> None:
+    assert add() == 0
+    assert main(["schedule", "run-now", "news", "--farm"]) == 0, "claimed, and not begun"
+    [run] = listed(capsys, "news")
+    for _ in range(lost):
+        lose_orchestrator(Path(run["store"]))
+    assert main(["schedule", "tick"]) == code
+    assert renderer.stores == ([run["store"]] if code == 0 else [])
+    [run] = listed(capsys, "news")
+    assert run["state"] == "done" if code == 0 else "exit code 1: its orchestrator was lost 4 times" in run["state"]
+
+
+def test_a_stop_between_a_loss_and_the_next_try_leaves_the_run_to_the_next_tick(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.schedules.render", Losing("lease"))
+    monkeypatch.setattr("cluster.schedules.time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert add() == 0
+    assert main(["schedule", "run-now", "news"]) == 75
+    assert [run["state"] for run in listed(capsys, "news")] == ["claimed"]
+    assert main(["schedule", "tick"]) == 0
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_another_process_renders_is_stopped_before_it_is_replaced(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: bool
+) -> None:
+    now_s = datetime(2026, 11, 26, 12, tzinfo=UTC).timestamp()
+    monkeypatch.setattr("cluster.schedules.time.time", lambda: now_s)
+    assert add("--cron", "30 2,14 * * *", "--overlap", "replace") == 0
+    now_s, renderer.codes = datetime(2026, 11, 27, 2, tzinfo=UTC).timestamp(), [75]
+    assert main(["schedule", "tick"]) == 75
+    [first] = listed(capsys, "news")
+    store = LocalStore(Path(first["store"]))
+    spec = parse_spec(json.dumps({"shots": [{"duration": "2s", "prompt": "a red circle"}]}))
+    Recipe(spec, Facts(checkpoint=CheckpointFacts("/somewhere", "0" * 64))).put(store)
+    other = Orchestrator(store, answers=True)
+    if finished:
+        film_id = make_plan(load_recipe(store), other.ledger.load().overrides).film_task_id
+        other.ledger.journal([AttemptStarted(film_id, 1, 1, "w1", "here")])
+        other.ledger.commit(CommitRecord(film_id, 1, 1, (), {}))
+    now_s += 12 * 3600
+    other.start()
+    try:
+        assert main(["schedule", "tick"]) == 0, "to be replaced is no failure"
+    finally:
+        other.over.set()
+        other.join()
+    assert [request.kind for request in other.heard] == ["cancel"]
+    one, two = listed(capsys, "news")
+    stores = [one["store"], two["store"]]
+    assert renderer.stores[1:] == stores[not finished :], "a film that is there is put in its place"
+    assert one["state"] == ("done" if finished else "exit code 130: replaced before it ended")
+    assert two["state"] == "done"
+    name = renderer.films[-1].get("output", {}).get("path")
+    assert name == ("2026-11-27-2.mp4" if finished else None), "the name that the film's title gives it is taken"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -242,7 +373,7 @@ def test_adding_twice_is_refused(renderer: Renderer, capsys: pytest.CaptureFixtu
     assert "remove news" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("begins", ["before", "meanwhile"])
+@pytest.mark.parametrize("begins", ["before", "meanwhile", "takes over"])
 @pytest.mark.parametrize("command", [["tick"], ["run-now", "news"]])
 def test_a_run_that_another_process_renders_is_left_to_it(
     renderer: Renderer, capsys: pytest.CaptureFixture[str], command: list[str], begins: str
@@ -253,9 +384,9 @@ def test_a_run_that_another_process_renders_is_left_to_it(
     other = Ledger(LocalStore(Path.cwd() / "renders" / run))
 
     def refused(request: RenderRequest) -> int:
-        if begins == "meanwhile":
+        if begins != "before":
             other.take_lease()
-        return 2
+        return 2 if begins == "meanwhile" else 1
 
     if begins == "before":
         other.take_lease()

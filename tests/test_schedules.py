@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -342,6 +343,34 @@ def test_a_run_that_replaces_another_takes_its_films_name(started: Any) -> None:
     assert films(log) == ["2026-11-26.mp4"] * 2
 
 
+def test_a_run_that_ends_before_it_is_cancelled_keeps_its_film(started: Any) -> None:
+    log, farm = started("replace", storyboard={**FILM, "output": {"path": "${date}.mp4"}}), Farm()
+    advance(log, at("2026-11-26 01:00"), farm)
+    assert log.append(claim_by_hand(log.state, at("2026-11-26 01:20")))
+    farm.finish(run_name(1, 1))
+    advance(log, at("2026-11-26 01:21"), farm)
+    assert len(farm.submitted) == 2
+    assert films(log) == ["2026-11-26.mp4", "2026-11-26-2.mp4"]
+
+
+@pytest.mark.parametrize(("ends_with", "second"), [(0, "2026-11-26-2.mp4"), (130, "2026-11-26.mp4")])
+def test_a_run_that_has_begun_unsaid_is_stopped_before_another_takes_its_place(
+    started: Any, ends_with: int, second: str
+) -> None:
+    log, farm = started("replace", storyboard={**FILM, "output": {"path": "${date}.mp4"}}), Farm()
+    for hour, minute in ((1, 0), (1, 20)):
+        now_s = at(f"2026-11-26 0{hour}:{minute:02d}")
+        assert log.append(Skipped(now_s, now_s)) and log.append(claim_by_hand(log.state, now_s))
+    first, _ = log.state.runs.values()
+    farm.submit(first)
+    if ends_with == 0:
+        farm.finish(first.id)
+    advance(log, now_s, farm)
+    assert farm.cancelled == [first.id]
+    assert [entry.exit_code for entry in log.entries if isinstance(entry, Ended)] == [ends_with]
+    assert films(log) == ["2026-11-26.mp4", second]
+
+
 def test_a_film_that_cannot_be_ordered_ends_its_run_with_the_reason(started: Any) -> None:
     class Strict(Farm):
         def submit(self, run: Run) -> None:
@@ -417,6 +446,26 @@ def test_a_crash_anywhere_neither_loses_nor_doubles_a_run(
     found = ScheduleLog(LocalStore(tmp_path), "news").refresh()
     assert [run.id for run in found.runs.values()] == [run.id for run in other.state.runs.values()]
     assert [run.id for run in found.open_runs] == [run.id for run in other.state.open_runs]
+
+
+@pytest.mark.parametrize("calls", range(7))
+def test_a_crash_around_the_end_of_a_run_that_was_rendered_here_leaves_it_to_the_next_look(
+    started: Any, tmp_path: Path, calls: int
+) -> None:
+    class Here(Farm):
+        """Renders at once, and knows of nothing that another process rendered."""
+
+        def submit(self, run: Run) -> None:
+            self.finish(run.id)
+
+    started()
+    with contextlib.suppress(Crash):
+        log, here = ScheduleLog(LocalStore(tmp_path), "news"), Here()
+        advance(log, at("2026-11-26 01:00"), Killed(here, log, calls))
+    log = ScheduleLog(LocalStore(tmp_path), "news")
+    advance(log, at("2026-11-26 01:01"), Here())
+    [run] = log.state.runs.values()
+    assert run.ended is not None and run.ended.exit_code == 0
 
 
 def test_two_that_look_at_once_make_one_run(started: Any, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import yaml
 
 from cluster.cli import main
 from pipeline.journal import PartialSaved
+from pipeline.lease import unreleased
 from pipeline.ledger import Ledger
 from tests.chaos.conftest import FaultFree
-from tests.chaos.stage import LIMIT_S, Stage, until
+from tests.chaos.stage import HOOKS, LIMIT_S, RENDER, ROOT, Stage, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STOP_LIMIT_S = 10.0
@@ -44,6 +48,42 @@ def test_an_orchestrator_killed_around_a_commit_commits_once_and_redoes_nothing(
     assert kept.items() <= stage.committed().items(), "what was committed stays as it is"
     sent = {e["task"] for e in stage.runs[-1].events if e["event"] == "dispatched"}
     assert not sent & {Path(path).stem for path in kept}
+    stage.check()
+
+
+TICK_THERE = """
+import sys
+from functools import partial
+from cluster import cli, schedules
+schedules.LOST_PAUSE_S = 1.0
+schedules.RenderRequest = partial(schedules.RenderRequest, address=sys.argv[1], workers=1)
+sys.exit(cli.main(["schedule", "tick"]))
+"""
+"""`longtake schedule tick` on the tests' cluster, where it has one of its own."""
+
+
+def test_a_scheduled_run_goes_on_by_itself_when_its_orchestrator_is_killed(
+    stage: Stage, fault_free: FaultFree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stage.folder)
+    assert main(["schedule", "add", "nightly", "film.yaml", "--cron", "0 2 * * *", "--time-zone", "UTC"]) == 0
+    assert main(["schedule", "run-now", "nightly", "--farm"]) == 0, "claimed, for the tick to render"
+    capsys.readouterr()
+    assert main(["schedule", "list", "nightly", "--json"]) == 0
+    [run] = json.loads(capsys.readouterr().out)
+    stage.store_url = run["store"]
+    shutil.copytree(fault_free.begun / RENDER, stage.store_url)
+    stage.faults(
+        {"point": "commit", "match": "segment", "do": "kill"}, {"point": "committed", "match": "window", "do": "kill"}
+    )
+    own = {"PYTHONPATH": f"{HOOKS}:{ROOT}", "CHAOS": str(stage.chaos), "OMP_NUM_THREADS": "1"}
+    tick = subprocess.run(
+        [sys.executable, "-c", TICK_THERE, stage.address], env={**os.environ, **own}, timeout=LIMIT_S,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert tick.returncode == 0, tick.stdout + tick.stderr
+    assert tick.stdout.count("the orchestrator is gone") == 2
+    assert len(unreleased(stage.store)) == 2
     stage.check()
 
 
