@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from cluster.paces import find_pace, pace_file, short_name
 from pipeline.errors import SettingError
 from pipeline.facts import CheckpointFacts, Facts
 from pipeline.forecast import Fleet, Forecast, forecast, smallest
+from pipeline.machine import Machine
 from pipeline.pace import PUBLISHED_SECONDS, Pace, measured, published, role_bytes
 from pipeline.plan import Plan, plan_film
 from pipeline.prices import LIST_PRICES, load_prices
@@ -117,6 +120,88 @@ def test_five_hundred_workers_are_forecast_in_moments() -> None:
     one = on(shots(60), 512)
     assert one.workers_used >= 60
     assert one.makespan_s < 1.5 * shots(60).estimate.critical_path_s
+
+
+class AsksEveryone(Machine):
+    """Asks each free worker after each event, whatever those like it found."""
+
+    asked = 0
+
+    def _schedule(self) -> None:
+        if self._replanning or self._ending is not None:
+            return
+        usable = self._crew.usable()
+        self._demand = None
+        for worker in usable:
+            if worker.free:
+                others = [other for other in usable if other is not worker]
+                staff = Counter(other.role for other in others)
+                stable = Counter(other.role for other in others if not other.spot)
+                self._employ(worker, staff, stable, usable)
+
+    def _employ(self, *arguments: Any) -> None:
+        type(self).asked += 1
+        super()._employ(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("film", "workers", "fleet"),
+    [
+        ("five_minutes", 16, {}),
+        ("five_minutes", 5, {"stable": 1, "life_s": 1800.0, "per_node": 1, "node_s": 300.0}),
+        ("shots", 3, {"per_node": 1}),
+        ("shots", 40, {"has_weights": False}),
+        ("shots", 24, {"stable": 4, "life_s": 1500.0, "per_node": 2, "node_s": 300.0, "has_weights": False}),
+    ],
+)
+def test_workers_that_would_find_nothing_are_not_asked_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch, film: str, workers: int, fleet: dict[str, Any]
+) -> None:
+    class Counts(Machine):
+        asked = 0
+
+        def _employ(self, *arguments: Any) -> None:
+            type(self).asked += 1
+            super()._employ(*arguments)
+
+    plan = five_minutes() if film == "five_minutes" else shots(12)
+    monkeypatch.setattr("pipeline.forecast.Machine", Counts)
+    quick = on(plan, workers, published(), **fleet)
+    monkeypatch.setattr("pipeline.forecast.Machine", AsksEveryone)
+    monkeypatch.setattr(AsksEveryone, "asked", 0)
+    assert on(plan, workers, published(), **fleet) == quick
+    if workers > 10:
+        assert Counts.asked < AsksEveryone.asked / 3
+
+
+@pytest.mark.parametrize("pace", [AT_ONCE, published()], ids=["at_once", "published"])
+def test_larger_clusters_go_as_the_first_in_which_somebody_has_nothing_to_do(pace: Pace) -> None:
+    for plan, first in ((five_minutes(), 130), (shots(1), 9), (shots(3), 20)):
+        for has_weights in (True, False):
+            one = on(plan, first, pace, has_weights=has_weights)
+            assert max(stretch.worker for stretch in one.stretches) < first - 1, "some have nothing to do"
+            for size in (first - 1, first + 1, 2 * first + 3):
+                fleet = Fleet(size, has_weights=has_weights)
+                assert one.on(fleet) == forecast(plan.tasks, {}, pace, fleet, plan.film_frames)
+            assert one.on(Fleet(4 * first, has_weights=has_weights)).cost(1.0) == pytest.approx(4 * one.cost(1.0))
+            assert one.on(Fleet(1, has_weights=has_weights)) is None
+            assert one.on(Fleet(first, per_node=3, has_weights=has_weights)) is None
+            assert one.on(Fleet(2 * first, has_weights=has_weights, stable=1, life_s=3600.0)) is None
+    busy = on(five_minutes(), 2, pace)
+    assert busy.on(Fleet(3)) is None, "another one would have something to do"
+
+
+def test_a_cluster_far_too_large_is_not_forecast_in_all_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def counted(*arguments: Any) -> Forecast:
+        ran.append(arguments[3].workers)
+        return forecast(*arguments)
+
+    monkeypatch.setattr("cluster.outlook.forecast", counted)
+    told = look_ahead(shots(3), {}, published("h200"), Cluster(4096, "h200"))
+    assert 4096 in told.forecasts and max(ran) < 64
+    assert told.forecasts[4096].fleet.workers == 4096
 
 
 def test_the_outlook_names_the_fewest_gpus_for_a_deadline_and_their_cost(tmp_path: Path) -> None:
