@@ -7,18 +7,19 @@ from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from cluster.cli import main
+from cluster.manifests.hardware import HARDWARE
 from cluster.outlook import Cluster, look_ahead
 from cluster.paces import find_pace, pace_file, short_name
 from pipeline.errors import SettingError
 from pipeline.facts import CheckpointFacts, Facts
 from pipeline.forecast import Fleet, Forecast, forecast, smallest
 from pipeline.machine import Machine
-from pipeline.pace import PUBLISHED_SECONDS, Pace, measured, published, role_bytes
+from pipeline.pace import GPUS, PUBLISHED_SECONDS, GpuType, Pace, measured, published, role_bytes
 from pipeline.plan import Plan, plan_film
 from pipeline.prices import LIST_PRICES, load_prices
 from pipeline.spec import load_spec, parse_spec
@@ -291,6 +292,47 @@ def test_a_gpu_is_as_fast_as_its_arithmetic_and_an_unknown_one_is_refused() -> N
     assert published("a100").seconds["segment"] == pytest.approx(61.3 * 989 / 312)
     with pytest.raises(SettingError, match="longtake calibrate"):
         published("gtx9")
+
+
+def test_plans_and_manifests_know_the_same_gpus_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(GPUS) == get_args(GpuType) and set(HARDWARE) == set(GPUS) and set(LIST_PRICES) < set(GPUS)
+    for name in GPUS:
+        assert short_name(HARDWARE[name].product) == name, "as the driver's name is shortened"  # type: ignore[index]
+        assert published(name).of("segment")[0] == pytest.approx(61.3 * 989 / GPUS[name].bf16_tflops)
+    with pytest.raises(SettingError, match=", ".join(GPUS)):
+        published("gtx9")
+    with pytest.raises(SystemExit):
+        main(["manifest", "kuberay", "--gpus", "8", "--gpu-type", "gtx9"])
+    assert ", ".join(GPUS) in capsys.readouterr().err.replace("'", "")
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert ", ".join(GPUS) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", [["plan", "film.yaml"], ["manifest", "kuberay", "--gpus", "8"]])
+def test_a_card_with_another_memory_than_the_known_one_is_not_taken_for_it(
+    capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--gpu-type", "A100-40GB"])
+    assert "--gpu-type: A100-40GB is not known, a100 is the one of 80 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu_type", GPUS)
+def test_plan_says_of_each_gpu_type_whether_the_film_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu_type: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "film.yaml").write_text('shots: [{"duration": "6s", "prompt": "a circle"}]\n')
+    asked = ["plan", "film.yaml", "--checkpoint", "meituan-longcat/LongCat-Video", "--gpus", "2"]
+    assert main([*asked, "--gpu-type", gpu_type]) == 0
+    told = capsys.readouterr().out
+    assert f"2 x {gpu_type} (published for one H800" in told
+    small = gpu_type in ("l4", "a10g")
+    assert (f"warning: --gpu-type {gpu_type}: chain does not fit on a card of 24 GB" in told) == small
+    assert ("does not fit" in told) == small
+    assert main([*asked, "--gpu-type", gpu_type, "--card-gb", "30"]) == 0
+    assert "warning: chain does not fit on a card of 30 GB" in capsys.readouterr().out
 
 
 def test_measured_kinds_come_from_the_checkpoint_and_the_rest_from_the_report() -> None:
