@@ -18,6 +18,7 @@ from cluster.cli_deploy import add_manifest, add_schedule_commands
 from cluster.cli_farm import add_cluster, add_farm_commands, cluster_of, dashboard_of, is_farmed, run_there
 from cluster.cli_values import count, gigabytes, gpu_type, minutes, name_list, positive, seconds
 from pipeline.errors import LongtakeError, SettingError
+from pipeline.pace import GPUS
 
 if TYPE_CHECKING:
     from cluster.render import RenderRequest
@@ -107,16 +108,17 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("plan", help="print every task of a render without rendering")
     _add_selection(parser)
+    gpu_types = f"{', '.join(GPUS)}, or one that was calibrated (default with --gpus: h200)"
     add = parser.add_argument
     add("--checkpoint", default=None, metavar="NAME", help="plan for another one than the storyboard's")
     add("--gpus", type=positive, default=None, metavar="N", help="show the render on a cluster of N GPUs")
-    add("--gpu-type", type=gpu_type, default=None, metavar="TYPE", help="h200, h100, ... (default with --gpus: h200)")
+    add("--gpu-type", type=gpu_type, default=None, metavar="TYPE", help=gpu_types)
     add("--deadline", dest="deadline_s", type=seconds, default=None, metavar="2h", help="how many GPUs make it")
     add("--prices", type=Path, default=None, metavar="FILE", help="YAML: dollars for a GPU and hour by GPU type")
     add("--gpus-per-node", type=positive, default=8, metavar="N", help="with --gpus (default: %(default)s)")
     add("--stable-gpus", type=count, default=None, metavar="N", help="the rest is on spot nodes (default: all)")
     add("--spot-life", type=seconds, default=None, metavar="6h", help="of a spot node, on average (default: 6h)")
-    add("--card-gb", type=gigabytes, default=None, metavar="N", help="say what does not fit on cards of N GB")
+    add("--card-gb", type=gigabytes, default=None, metavar="N", help="say what does not fit (default: --gpu-type's)")
     parser.set_defaults(command=_plan)
 
 

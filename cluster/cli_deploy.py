@@ -8,12 +8,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.cli_values import gpu_type
+from pipeline.pace import GPUS
+
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
     from cluster.manifests.description import Description
 
-GPU_TYPES = ("h200", "h100", "a100-80gb", "l40s", "l4", "a10g")
 _CLUSTER = ("name", "gpus", "gpu_type", "gpus_per_node", "stable_gpus", "image")
 _KUBERNETES = ("secret", "weights", "queue", "priority_class", "spot_label")
 
@@ -60,7 +62,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--name", default=None, metavar="NAME", help="of the cluster (default: longtake)")
     add("--gpus", type=int, required=True, metavar="N", help="at most so many in all")
-    add("--gpu-type", choices=GPU_TYPES, default=None, help="default: h200")
+    add("--gpu-type", type=gpu_type, choices=tuple(GPUS), default=None, help="default: h200")
     add("--gpus-per-node", type=int, default=None, metavar="N", help="default: the smallest machine there is")
     add(
         "--stable-gpus", type=int, default=None, metavar="N",

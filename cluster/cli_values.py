@@ -6,6 +6,7 @@ One that means nothing is an ArgumentTypeError, which argparse tells with the op
 from __future__ import annotations
 
 import argparse
+import re
 from datetime import datetime
 
 MOST_THINGS = 4096
@@ -81,12 +82,16 @@ def minutes(text: str) -> float:
 
 
 def gpu_type(text: str) -> str:
-    """`H200`, `NVIDIA H200`."""
+    """`H200`, `NVIDIA H200`, `A100-80GB`; not one of the same name with another memory than the one that is known."""
     from cluster.paces import short_name
+    from pipeline.pace import GPUS
 
     if not any(character.isascii() and character.isalnum() for character in text):
         raise argparse.ArgumentTypeError(f"{text!r} is no GPU type, such as h200")
-    return short_name(text)
+    name, size = short_name(text), re.search(r"(\d+) ?gb", text.lower())
+    if size is not None and name in GPUS and int(size[1]) != GPUS[name].memory_gb:
+        raise argparse.ArgumentTypeError(f"{text} is not known, {name} is the one of {GPUS[name].memory_gb} GB")
+    return name
 
 
 def _above_zero(text: str, wanted: str) -> float:

@@ -25,7 +25,7 @@ import yaml
 
 from cluster.access import check_address, has_token, is_loopback
 from cluster.download import download_film
-from cluster.places import default_store
+from cluster.places import open_film_store
 from cluster.probe import load_storyboard
 from cluster.render import RenderRequest
 from pipeline.errors import SettingError, TransientError, first_line
@@ -62,7 +62,7 @@ def run_there(
 def submit_there(address: str, film: RenderRequest, words: Sequence[str], *, insecure: bool) -> int:
     """Have a storyboard submitted there: `longtake` with these words, one of which is the storyboard's name here."""
     spec = load_storyboard(film.storyboard)
-    store = open_store(film.store or default_store(spec, film.storyboard)).url
+    store = open_film_store(spec, film.storyboard, film.store).url
     command = [FILM if Path(word) == film.storyboard else word for word in words]
     with tempfile.TemporaryDirectory(prefix="longtake-job-") as name:
         folder, written = Path(name), spec.as_written()

@@ -157,16 +157,26 @@ class Outlook:
 def look_ahead(plan: Plan, commits: Mapping[str, CommitRecord], pace: Pace, cluster: Cluster | None = None) -> Outlook:
     """Forecast what is left of a plan: on workers of this machine, or on clusters of several sizes."""
 
+    ran: list[Forecast] = []
+
     @cache
     def on(size: int) -> Forecast:
         fleet = Fleet(size) if cluster is None else cluster.fleet(size)
-        return forecast(plan.tasks, commits, pace, fleet, plan.film_frames)
+        known = next((same for one in ran if (same := one.on(fleet))), None)
+        if known is None:
+            ran.append(forecast(plan.tasks, commits, pace, fleet, plan.film_frames))
+        return known or ran[-1]
 
     if cluster is None:
         return Outlook(pace.basis, {size: on(size) for size in LOCAL_SIZES}, LOCAL_SIZES[0])
     prices = load_prices(cluster.prices)
     sizes = useful_sizes(plan)
     most = max(*sizes, cluster.gpus or 1)
+    # The small ones first: the first in which somebody has nothing to do tells how all larger ones go.
+    size = 1
+    while size < most:
+        on(size)
+        size *= 2
     # All courses are to be in time.
     limit_s = NEARLY * on(most).slowest_s if cluster.deadline_s is None else cluster.deadline_s
     fewest = smallest(lambda size: on(size).slowest_s, limit_s, most)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import SettingError
 from pipeline.facts import CheckpointFacts
-from pipeline.pace import GPU_SPEED, Pace, measured, role_bytes, with_weights
+from pipeline.pace import GPUS, Pace, measured, role_bytes, with_weights
 
 GPU_INFORMATION = Path("/proc/driver/nvidia/gpus")
 
@@ -29,7 +29,7 @@ def find_pace(checkpoint: CheckpointFacts, device: str, gpu_type: str | None = N
     if calibrated is not None:
         return calibrated
     device = device if gpu_type is None else "cuda"
-    known = gpu_type or (kind if kind in GPU_SPEED else "h800")
+    known = gpu_type or (kind if kind in GPUS else "h800")
     pace = measured(checkpoint.render.task_seconds, device, known)
     if kind not in ("cpu", known) and not pace.of_checkpoint:
         unknown = f"nothing is known of {kind}, `longtake calibrate` measures it"

@@ -17,8 +17,13 @@ def open_render(place: str, store: str | None) -> Store:
     """The store of a render, by its storyboard or by its own place. Raises SettingError."""
     path = Path(place)
     if store is None and "://" not in place and path.suffix.lower() in STORYBOARD_SUFFIXES:
-        return open_store(default_store(load_storyboard(path), path))
-    return open_store(store or place)
+        return open_film_store(load_storyboard(path), path, None)
+    return open_store(place if store is None else store)
+
+
+def open_film_store(spec: Storyboard, storyboard: Path, store: str | None) -> Store:
+    """The store of a storyboard's render: the one that is named, else the default. Raises SettingError."""
+    return open_store(default_store(spec, storyboard) if store is None else store)
 
 
 def default_store(spec: Storyboard, storyboard: Path) -> str:

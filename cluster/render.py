@@ -22,7 +22,7 @@ from types import FrameType
 from cluster.ask import Taken, ask, new_request, running
 from cluster.job import News, Outcome, RenderJob, WorkerSettings
 from cluster.placement import place_workers
-from cluster.places import default_store, open_ledger
+from cluster.places import open_film_store, open_ledger
 from cluster.preflight import check_before_rendering
 from cluster.probe import load_storyboard, probe_facts
 from cluster.progress import Display, format_seconds, make_display
@@ -36,7 +36,7 @@ from pipeline.ledger import LedgerState
 from pipeline.media_encode import ENCODER_THREADS
 from pipeline.plan import Plan, Until
 from pipeline.redo import Redo, choose_redo, with_redo
-from pipeline.store import Store, flush_to_disk, open_store
+from pipeline.store import Store, flush_to_disk
 from pipeline.tasks import CommitRecord, Task
 
 FOLLOW_S = 0.5
@@ -125,7 +125,7 @@ def prepare(request: RenderRequest) -> Prepared:
         spec = spec.model_copy(update={"checkpoint": request.checkpoint})
     spec = spec.model_copy(update={"memory": spec.memory.model_copy(update=dict(request.memory))})
     device = guess_device(request.device)
-    store = open_store(request.store or default_store(spec, request.storyboard))
+    store = open_film_store(spec, request.storyboard, request.store)
     recipe = Recipe(
         spec,
         probe_facts(spec, device=device, gpu_type=request.gpu_type, absent_ok=request.plan_only),

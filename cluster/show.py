@@ -22,6 +22,7 @@ from pipeline.changes import reasons
 from pipeline.errors import LongtakeError, SettingError, UserError
 from pipeline.lease import lives, this_process
 from pipeline.ledger import LedgerState, Verification
+from pipeline.pace import GPUS
 from pipeline.plan import Plan
 from pipeline.redo import describe_redo
 from pipeline.store import Store
@@ -32,7 +33,7 @@ from pipeline.times import format_bytes
 
 def print_plan(request: RenderRequest, cluster: Cluster | None = None, card_gb: float | None = None) -> int:
     """Every task of the render, what is committed already, what will be made and why, memory, time, space and, on a
-    `cluster`, cost. `card_gb`: of the cards to compare the memory with.
+    `cluster`, cost. `card_gb`: of the cards to compare the memory with; default: those of the cluster's GPU type.
     """
     prepared = prepare(request)
     outlook = look_ahead(prepared.plan, prepared.state.commits, prepared.recipe.facts.pace, cluster)
@@ -40,7 +41,11 @@ def print_plan(request: RenderRequest, cluster: Cluster | None = None, card_gb: 
     done = _done(plan, prepared.state)
     why = reasons(plan.tasks, prepared.state, *_rendered_before(prepared))
     checkpoint = prepared.recipe.facts.checkpoint
+    gpu = GPUS.get(cluster.gpu_type) if cluster and card_gb is None else None
+    card_gb = gpu.memory_gb if gpu else card_gb
     memory, warnings = role_memory(plan.tasks.values(), checkpoint, prepared.recipe.spec.memory, card_gb)
+    if cluster and gpu:
+        warnings = [f"--gpu-type {cluster.gpu_type}: {line}" for line in warnings]
     needed_bytes, free_bytes = plan.estimate.needed_bytes(left), prepared.store.free_bytes()
     if request.as_json:
         redo = None if prepared.redo is None else asdict(prepared.redo)

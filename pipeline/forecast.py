@@ -146,6 +146,20 @@ class Forecast:
             return "the chain: tasks that wait for each other"
         return "the number of workers"
 
+    def on(self, fleet: Fleet) -> Forecast | None:
+        """The same render on that fleet, where it is known to go the same way: of a fleet that nobody takes away, the
+        last workers never had anything to do, and both have all the others. None if that cannot be said.
+
+        Workers of such a fleet come at once and are asked in order of their places. The first that finds nothing to do
+        leaves everything as it is, so the next one finds as little, and the machine counts workers by role: one
+        without a role counts for nobody.
+        """
+        used = 1 + max((stretch.worker for stretch in self.stretches), default=-1)
+        idle = self.fleet.workers > used
+        if not idle or fleet.workers < used or fleet.spot or self.fleet.spot:
+            return None
+        return replace(self, fleet=fleet) if replace(fleet, workers=self.fleet.workers) == self.fleet else None
+
     def cost(self, price_per_hour: float, spot_price_per_hour: float | None = None) -> float:
         """Of holding all workers to the end; the prices are those of one, on a stable and on a spot node."""
         spot_price = price_per_hour if spot_price_per_hour is None else spot_price_per_hour

@@ -577,16 +577,30 @@ class Machine:
         usable = self._crew.usable()
         self._demand = None
         # Counted once: on a large cluster most workers are free at the end, and each looks at all the others.
-        staff = Counter(worker.role for worker in usable)
-        stable = Counter(worker.role for worker in usable if not worker.spot)
+        staff, stable = Counter[Role | None](), Counter[Role | None]()
+        for (role, spot), number in Counter((worker.role, worker.spot) for worker in usable).items():
+            staff[role] += number
+            stable[role] += 0 if spot else number
+        asked_in_vain: set[tuple[object, ...]] = set()
         for worker in usable:
-            if worker.free:
-                counts = (staff,) if worker.spot else (staff, stable)
-                for count in counts:
-                    count[worker.role] -= 1
-                self._employ(worker, staff, stable, usable)
-                for count in counts:
-                    count[worker.role] += 1
+            if not worker.free:
+                continue
+            likeness = (worker.role, worker.roles, worker.spot, worker.lent, worker.used)
+            if likeness in asked_in_vain:
+                continue
+            told = len(self._out.commands)
+            counts = (staff,) if worker.spot else (staff, stable)
+            for count in counts:
+                count[worker.role] -= 1
+            self._employ(worker, staff, stable, usable)
+            for count in counts:
+                count[worker.role] += 1
+            if len(self._out.commands) > told:
+                asked_in_vain.clear()
+            elif worker.role is None or not any(self._graph.ready_of[kind] for kind in kinds_of(worker.role, staff)):
+                # Nothing has changed, so the next one like it would find as little. Where a task was passed over it
+                # might: on another node.
+                asked_in_vain.add(likeness)
 
     def _employ(self, worker: Worker, roles: Staff, stable: Staff, usable: Sequence[Worker]) -> None:
         if worker.used:

@@ -6,9 +6,13 @@ hardware), `measured` (`task_seconds` in the checkpoint's `render.json`) or `pub
 Published figures are those of LongCat-Video on one H800 with FlashAttention-3 (report, table 2): 93 frames at 480x832
 with 16 distilled steps 61.3 s; refined to 189 frames at 704x1280 with sparse attention 142.0 s, so a window is the
 difference. Texts, sources, encodes and the film are our own rough figures. Another GPU's seconds are the H800's divided
-by the ratio of the dense bf16 peaks in `GPU_SPEED`: large products and attention dominate, and arithmetic bounds them.
+by the ratio of the dense bf16 peaks in `GPUS`: large products and attention dominate, and arithmetic bounds them.
 That is a little slow for an H200, whose memory is 1.4 times as fast as an H800's, which counts for nothing here, and
-too fast for cards on which the models do not fit beside each other or FlashAttention-3 does not run (A100).
+too fast for cards on which the models do not fit beside each other (L4, A10G) or FlashAttention-3 does not run (those,
+A100, L40S).
+
+Peaks and memory are those of NVIDIA's data sheets, SXM where there is one; of an A10G, which only AWS has, those of the
+data sheet that AWS publishes. A data sheet that gives a peak with sparsity alone (L4: 242) means half of that without.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import SettingError
 from pipeline.tasks import Role
@@ -27,8 +31,32 @@ PUBLISHED_REFINED_PX = 704 * 1280
 PUBLISHED_ENCODE_FRAMES = 173
 """Decoded for a unit that shows 160: those before its first one, too."""
 
-GPU_SPEED = {"h800": 1.0, "h100": 1.0, "h200": 1.0, "a100": 312 / 989, "l40s": 362 / 989, "b200": 2250 / 989}
-"""Dense bf16 peak over that of the H800 (989 TFLOPS; NVIDIA's data sheets; SXM where there is one)."""
+GpuType = Literal["h200", "h100", "h800", "b200", "a100", "l40s", "l4", "a10g"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What is known of one kind of GPU."""
+
+    bf16_tflops: int
+    """Dense peak."""
+    memory_gb: int
+    """As it is sold."""
+
+
+GPUS: Mapping[str, Gpu] = {
+    "h200": Gpu(989, 141),
+    "h100": Gpu(989, 80),
+    "h800": Gpu(989, 80),
+    "b200": Gpu(2250, 180),
+    "a100": Gpu(312, 80),
+    "l40s": Gpu(362, 48),
+    "l4": Gpu(121, 24),
+    "a10g": Gpu(70, 24),
+}
+"""All that plans and manifests know, by GpuType. The machines that carry them are in cluster/manifests/hardware.py,
+prices in pipeline/prices.py.
+"""
 
 OFFICIAL_BYTES: Mapping[Role, int] = {
     "text": 22_000_000_000,
@@ -91,14 +119,14 @@ class Pace:
 
 def published(gpu_type: str = "h800") -> Pace:
     """The official checkpoint on a kind of GPU. Raises SettingError for one that nothing is known of."""
-    if gpu_type not in GPU_SPEED:
+    if gpu_type not in GPUS:
         raise SettingError(
             "no times are known for it",
             field="--gpu-type",
             value=gpu_type,
-            remedy=f"Known are {', '.join(GPU_SPEED)}; `longtake calibrate` on such a machine makes others known.",
+            remedy=f"Known are {', '.join(GPUS)}; `longtake calibrate` on such a machine makes others known.",
         )
-    speed = GPU_SPEED[gpu_type]
+    speed = GPUS[gpu_type].bf16_tflops / GPUS["h800"].bf16_tflops
     same = "taken as they are" if speed == 1 else f"divided by {speed:.2f}"
     basis = "published for one H800" if gpu_type == "h800" else f"published for one H800, {same}"
     seconds = {kind: value / speed for kind, value in PUBLISHED_SECONDS.items()}

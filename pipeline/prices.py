@@ -15,7 +15,7 @@ from pipeline.errors import SettingError, first_line
 
 # US dollars for a GPU and hour, on demand, RunPod "Secure Cloud" pods, https://www.runpod.io/pricing: h200, h100 (SXM)
 # and b200 as transcribed from that page on 2026-10-07, a100 (SXM) on 2026-11-09. Cloud prices change often.
-# The H800 is not on public offer.
+# The H800 is not on public offer; of the others no price has been looked up.
 LIST_PRICES: Mapping[str, float] = {"h200": 4.59, "h100": 3.49, "b200": 6.79, "a100": 1.79}
 
 

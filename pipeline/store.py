@@ -203,7 +203,7 @@ class LocalStore(Store):
 
     def write_attempt(self, path: str, source: bytes | Path) -> ArtifactFile:
         target = self._target(path)
-        with _mapped(path), self._temporary(target) as temporary:
+        with self._mapped(path), self._temporary(target) as temporary:
             sha256, size_bytes = _write_durably(temporary, source)
             os.replace(temporary, target)
             _sync_folder(target.parent)
@@ -211,7 +211,7 @@ class LocalStore(Store):
 
     def create_if_absent(self, path: str, data: bytes) -> bool:
         target = self._target(path)
-        with _mapped(path), self._temporary(target) as temporary:
+        with self._mapped(path), self._temporary(target) as temporary:
             _write_durably(temporary, data)
             try:
                 os.link(temporary, target)
@@ -222,7 +222,7 @@ class LocalStore(Store):
 
     def put_replace(self, path: str, source: bytes | Path) -> None:
         target = self._target(path)
-        with _mapped(path), self._temporary(target) as temporary:
+        with self._mapped(path), self._temporary(target) as temporary:
             _write_durably(temporary, source)
             os.replace(temporary, target)
 
@@ -230,11 +230,11 @@ class LocalStore(Store):
         self.put_replace(path, self._local(from_path))
 
     def read(self, path: str) -> bytes:
-        with _mapped(path):
+        with self._mapped(path):
             return self._local(path).read_bytes()
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
-        with _mapped(path), self._local(path).open("rb") as stream:
+        with self._mapped(path), self._local(path).open("rb") as stream:
             stream.seek(start)
             return stream.read(length)
 
@@ -246,7 +246,7 @@ class LocalStore(Store):
         return self._local(artifact.path)
 
     def digest(self, path: str) -> tuple[str, int]:
-        with _mapped(path), self._local(path).open("rb") as stream:
+        with self._mapped(path), self._local(path).open("rb") as stream:
             return hash_stream(stream)
 
     def digest_many(self, paths: Iterable[str]) -> Iterator[tuple[str, int] | None]:
@@ -255,11 +255,11 @@ class LocalStore(Store):
 
     def list(self, prefix: str = "") -> list[StoredFile]:
         folder = self._local(prefix.rstrip("/")) if prefix else self.root
-        with _mapped(prefix):
+        with self._mapped(prefix):
             return sorted(_walk(folder, prefix.rstrip("/")), key=lambda file: file.path)
 
     def head(self, path: str) -> StoredFile | None:
-        with _mapped(path):
+        with self._mapped(path):
             try:
                 info = self._local(path).stat()
             except FileNotFoundError:
@@ -268,7 +268,7 @@ class LocalStore(Store):
 
     def delete(self, path: str) -> None:
         target = self._local(path)
-        with _mapped(path):
+        with self._mapped(path):
             try:
                 target.unlink()
             except FileNotFoundError:
@@ -282,9 +282,28 @@ class LocalStore(Store):
     def _local(self, path: str) -> Path:
         return self.root / check_path(path)
 
+    @contextmanager
+    def _mapped(self, path: str) -> Iterator[None]:
+        """Operating system errors as the project's own; a missing file stays FileNotFoundError."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno in FULL:
+                raise StoreFull(f"no space left for {path}: free some and run the same command again") from error
+            if error.errno in _FORBIDDEN:
+                raise SettingError(
+                    f"cannot use {path} in the render's folder: {error.strerror}",
+                    field="--store",
+                    value=self.url,
+                    remedy=_REMEDY,
+                ) from error
+            raise StoreError(f"{path}: {error.strerror or error}") from error
+
     def _target(self, path: str) -> Path:
         target = self._local(path)
-        with _mapped(path):
+        with self._mapped(path):
             try:
                 _make_folder(target.parent)
             except FileNotFoundError as error:
@@ -385,22 +404,3 @@ _FORBIDDEN = (
 
 
 _REMEDY = "It must be a writable folder of a file system with hard links."
-
-
-@contextmanager
-def _mapped(path: str) -> Iterator[None]:
-    """Operating system errors as the project's own; a missing file stays FileNotFoundError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno in FULL:
-            raise StoreFull(f"no space left for {path}: free some and run the same command again") from error
-        if error.errno in _FORBIDDEN:
-            raise SettingError(
-                f"cannot use {path} in the render's folder: {error.strerror}",
-                field="--store",
-                remedy=_REMEDY,
-            ) from error
-        raise StoreError(f"{path}: {error.strerror or error}") from error

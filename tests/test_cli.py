@@ -99,6 +99,18 @@ def test_schema_describes_a_storyboard(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_place_without_a_render_is_named(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, str(here / "nothing")]) == 2
     assert str(here / "nothing") in capsys.readouterr().err
+    assert main([command, "/dev/null"]) == 2
+    assert "Not a directory (got '/dev/null')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "render", "status", "verify"])
+def test_a_store_without_a_name_is_refused_and_not_taken_for_the_default(
+    here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    write(storyboard(tiny_checkpoint))
+    assert main([command, "film.yaml", "--store", ""]) == 2
+    assert "--store: is empty (got '')" in capsys.readouterr().err
+    assert not (here / "renders").exists()
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from cluster.cli import main
+from cluster.manifests.hardware import HARDWARE
 from cluster.outlook import Cluster, look_ahead
 from cluster.paces import find_pace, pace_file, short_name
 from pipeline.errors import SettingError
 from pipeline.facts import CheckpointFacts, Facts
 from pipeline.forecast import Fleet, Forecast, forecast, smallest
-from pipeline.pace import PUBLISHED_SECONDS, Pace, measured, published, role_bytes
+from pipeline.machine import Machine
+from pipeline.pace import GPUS, PUBLISHED_SECONDS, GpuType, Pace, measured, published, role_bytes
 from pipeline.plan import Plan, plan_film
 from pipeline.prices import LIST_PRICES, load_prices
 from pipeline.spec import load_spec, parse_spec
@@ -119,6 +123,88 @@ def test_five_hundred_workers_are_forecast_in_moments() -> None:
     assert one.makespan_s < 1.5 * shots(60).estimate.critical_path_s
 
 
+class AsksEveryone(Machine):
+    """Asks each free worker after each event, whatever those like it found."""
+
+    asked = 0
+
+    def _schedule(self) -> None:
+        if self._replanning or self._ending is not None:
+            return
+        usable = self._crew.usable()
+        self._demand = None
+        for worker in usable:
+            if worker.free:
+                others = [other for other in usable if other is not worker]
+                staff = Counter(other.role for other in others)
+                stable = Counter(other.role for other in others if not other.spot)
+                self._employ(worker, staff, stable, usable)
+
+    def _employ(self, *arguments: Any) -> None:
+        type(self).asked += 1
+        super()._employ(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("film", "workers", "fleet"),
+    [
+        ("five_minutes", 16, {}),
+        ("five_minutes", 5, {"stable": 1, "life_s": 1800.0, "per_node": 1, "node_s": 300.0}),
+        ("shots", 3, {"per_node": 1}),
+        ("shots", 40, {"has_weights": False}),
+        ("shots", 24, {"stable": 4, "life_s": 1500.0, "per_node": 2, "node_s": 300.0, "has_weights": False}),
+    ],
+)
+def test_workers_that_would_find_nothing_are_not_asked_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch, film: str, workers: int, fleet: dict[str, Any]
+) -> None:
+    class Counts(Machine):
+        asked = 0
+
+        def _employ(self, *arguments: Any) -> None:
+            type(self).asked += 1
+            super()._employ(*arguments)
+
+    plan = five_minutes() if film == "five_minutes" else shots(12)
+    monkeypatch.setattr("pipeline.forecast.Machine", Counts)
+    quick = on(plan, workers, published(), **fleet)
+    monkeypatch.setattr("pipeline.forecast.Machine", AsksEveryone)
+    monkeypatch.setattr(AsksEveryone, "asked", 0)
+    assert on(plan, workers, published(), **fleet) == quick
+    if workers > 10:
+        assert Counts.asked < AsksEveryone.asked / 3
+
+
+@pytest.mark.parametrize("pace", [AT_ONCE, published()], ids=["at_once", "published"])
+def test_larger_clusters_go_as_the_first_in_which_somebody_has_nothing_to_do(pace: Pace) -> None:
+    for plan, first in ((five_minutes(), 130), (shots(1), 9), (shots(3), 20)):
+        for has_weights in (True, False):
+            one = on(plan, first, pace, has_weights=has_weights)
+            assert max(stretch.worker for stretch in one.stretches) < first - 1, "some have nothing to do"
+            for size in (first - 1, first + 1, 2 * first + 3):
+                fleet = Fleet(size, has_weights=has_weights)
+                assert one.on(fleet) == forecast(plan.tasks, {}, pace, fleet, plan.film_frames)
+            assert one.on(Fleet(4 * first, has_weights=has_weights)).cost(1.0) == pytest.approx(4 * one.cost(1.0))
+            assert one.on(Fleet(1, has_weights=has_weights)) is None
+            assert one.on(Fleet(first, per_node=3, has_weights=has_weights)) is None
+            assert one.on(Fleet(2 * first, has_weights=has_weights, stable=1, life_s=3600.0)) is None
+    busy = on(five_minutes(), 2, pace)
+    assert busy.on(Fleet(3)) is None, "another one would have something to do"
+
+
+def test_a_cluster_far_too_large_is_not_forecast_in_all_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def counted(*arguments: Any) -> Forecast:
+        ran.append(arguments[3].workers)
+        return forecast(*arguments)
+
+    monkeypatch.setattr("cluster.outlook.forecast", counted)
+    told = look_ahead(shots(3), {}, published("h200"), Cluster(4096, "h200"))
+    assert 4096 in told.forecasts and max(ran) < 64
+    assert told.forecasts[4096].fleet.workers == 4096
+
+
 def test_the_outlook_names_the_fewest_gpus_for_a_deadline_and_their_cost(tmp_path: Path) -> None:
     prices = tmp_path / "prices.yaml"
     prices.write_text("h200: 2\nh100: 1.5\n")
@@ -206,6 +292,47 @@ def test_a_gpu_is_as_fast_as_its_arithmetic_and_an_unknown_one_is_refused() -> N
     assert published("a100").seconds["segment"] == pytest.approx(61.3 * 989 / 312)
     with pytest.raises(SettingError, match="longtake calibrate"):
         published("gtx9")
+
+
+def test_plans_and_manifests_know_the_same_gpus_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(GPUS) == get_args(GpuType) and set(HARDWARE) == set(GPUS) and set(LIST_PRICES) < set(GPUS)
+    for name in GPUS:
+        assert short_name(HARDWARE[name].product) == name, "as the driver's name is shortened"  # type: ignore[index]
+        assert published(name).of("segment")[0] == pytest.approx(61.3 * 989 / GPUS[name].bf16_tflops)
+    with pytest.raises(SettingError, match=", ".join(GPUS)):
+        published("gtx9")
+    with pytest.raises(SystemExit):
+        main(["manifest", "kuberay", "--gpus", "8", "--gpu-type", "gtx9"])
+    assert ", ".join(GPUS) in capsys.readouterr().err.replace("'", "")
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert ", ".join(GPUS) in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", [["plan", "film.yaml"], ["manifest", "kuberay", "--gpus", "8"]])
+def test_a_card_with_another_memory_than_the_known_one_is_not_taken_for_it(
+    capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--gpu-type", "A100-40GB"])
+    assert "--gpu-type: A100-40GB is not known, a100 is the one of 80 GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu_type", GPUS)
+def test_plan_says_of_each_gpu_type_whether_the_film_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu_type: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "film.yaml").write_text('shots: [{"duration": "6s", "prompt": "a circle"}]\n')
+    asked = ["plan", "film.yaml", "--checkpoint", "meituan-longcat/LongCat-Video", "--gpus", "2"]
+    assert main([*asked, "--gpu-type", gpu_type]) == 0
+    told = capsys.readouterr().out
+    assert f"2 x {gpu_type} (published for one H800" in told
+    small = gpu_type in ("l4", "a10g")
+    assert (f"warning: --gpu-type {gpu_type}: chain does not fit on a card of 24 GB" in told) == small
+    assert ("does not fit" in told) == small
+    assert main([*asked, "--gpu-type", gpu_type, "--card-gb", "30"]) == 0
+    assert "warning: chain does not fit on a card of 30 GB" in capsys.readouterr().out
 
 
 def test_measured_kinds_come_from_the_checkpoint_and_the_rest_from_the_report() -> None:

@@ -335,7 +335,7 @@ def test_the_cron_job_command_reads_the_schedule_from_its_store(
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-@pytest.mark.parametrize("gpu_type", ["h200", "h100", "a100-80gb", "l4"])
+@pytest.mark.parametrize("gpu_type", ["h200", "h100", "b200", "a100-80gb", "l4"])
 def test_ray_takes_the_configuration_of_machines(show: Any, cloud: str, gpu_type: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -423,9 +423,11 @@ def test_compute_engine_takes_every_node(show: Any) -> None:
         assert int(node.disks[0].initializeParams.sourceImage.rpartition("nvidia-")[2]) >= 580, "CUDA 13 wants that"
 
 
-@pytest.mark.parametrize(("gpu_type", "disk"), [("h200", "hyperdisk-balanced"), ("l4", "pd-balanced")])
+@pytest.mark.parametrize(
+    ("gpu_type", "disk"), [("h200", "hyperdisk-balanced"), ("b200", "hyperdisk-balanced"), ("l4", "pd-balanced")]
+)
 def test_compute_engine_is_asked_for_a_disk_that_the_machine_takes(show: Any, gpu_type: str, disk: str) -> None:
-    """Its own default is `pd-standard`, which G2 and A3 machines refuse; A3 Ultra takes Hyperdisk alone."""
+    """Its own default is `pd-standard`, which G2 and A3 machines refuse; A3 Ultra and A4 take Hyperdisk alone."""
     flags = ["--gpu-type", gpu_type, "--project", "films-12345", "--region", "europe-west4"]
     [config] = show("ray-up-gcp", "--gpus", "8", *flags)
     kinds = config["available_node_types"]

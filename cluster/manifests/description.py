@@ -19,9 +19,10 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cluster import json_log
-from cluster.manifests.hardware import HARDWARE, GpuType, Hardware
+from cluster.manifests.hardware import HARDWARE, Hardware
 from pipeline.crew import SAVE_S
 from pipeline.errors import SettingError
+from pipeline.pace import GPUS, Gpu, GpuType
 from pipeline.store import OBJECT_SCHEMES, open_store
 
 MARKET_TYPE = "ray.io/market-type"
@@ -112,8 +113,13 @@ class Description(BaseModel):
 
     @property
     def hardware(self) -> Hardware:
-        """The GPU's row of the table."""
+        """The machines with the GPU."""
         return HARDWARE[self.gpu_type]
+
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU itself."""
+        return GPUS[self.gpu_type]
 
 
 class Groups(BaseModel):

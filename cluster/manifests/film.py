@@ -16,7 +16,7 @@ from pipeline.spec import Storyboard, load_spec
 
 
 def examine(spec: Storyboard, description: Description) -> tuple[Description, list[str]]:
-    """The description with the film's size, and what `longtake plan --card-gb` would say of its cards.
+    """The description with the film's size, and what `longtake plan --gpu-type` would say of its cards.
 
     What is not on this machine is assumed: of the checkpoint the official one's numbers, of images, videos and sounds
     that they fit. Raises SpecError for a film that the checkpoint here cannot make.
@@ -30,7 +30,7 @@ def examine(spec: Storyboard, description: Description) -> tuple[Description, li
             raise
         return description, [f"{error}{assumed}"]
     film_gib = math.ceil(plan.estimate.bytes_by_task[plan.film_task_id] / 2**30)
-    _, lines = role_memory(plan.tasks.values(), checkpoint, spec.memory, description.hardware.card_gb)
+    _, lines = role_memory(plan.tasks.values(), checkpoint, spec.memory, description.gpu.memory_gb)
     warnings = [f"--gpu-type {description.gpu_type}: {line}{assumed}" for line in lines]
     return description.model_copy(update={"film_gib": film_gib}), warnings
 

@@ -181,7 +181,7 @@ def _gcp_node(machine: str, *, market: str, gpus: int, zone: str) -> dict[str, A
     if market == SPOT:
         scheduling |= {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE", "automaticRestart": False}
     # Without a type it would be a magnetic one, which machines with newer GPUs do not take.
-    kind = "hyperdisk-balanced" if machine.startswith("a3-ultragpu") else "pd-balanced"
+    kind = "hyperdisk-balanced" if machine.startswith(("a3-ultragpu", "a4-")) else "pd-balanced"
     disk = {
         "sourceImage": _GCP_IMAGE,
         "diskSizeGb": DISK_GB if gpus else 100,
