@@ -127,53 +127,55 @@ def _dump(cubin: bytes, what: str) -> str:
 def _dense_attention() -> Iterator[Case]:
     from triton.experimental.gluon import language as gl
 
+    from kernels import hopper
     from kernels.attention import gluon_impl as dense
 
     kernel = dense.attention_kernel
     for d, fixed in itertools.product((128, 64), (True, False)):
         few, many = (
-            f"tensordesc<bf16[{rows}, {d}],{dense.tile_layout(rows, d)!r}>" for rows in (dense.QUERIES, dense.KEYS)
+            f"tensordesc<bf16[{rows}, {d}],{hopper.tile_layout(rows, d)!r}>" for rows in (dense.QUERIES, dense.KEYS)
         )
         types = {"q": few, "k": many, "v": many, "out": "*bf16"}
         types |= {"scale_log2": "fp32", "shift_log2": "fp32"}
-        sizes = {"BQ": dense.QUERIES, "BK": dense.KEYS, "D": d, "BYTES": 2, "STAGES": dense.STAGES, "TYPE": gl.bfloat16}
-        sizes |= {"COMPUTING": dense.COMPUTING_REGISTERS, "COPYING": dense.COPYING_REGISTERS, "FIXED_SHIFT": fixed}
+        sizes = {"BQ": dense.QUERIES, "BK": dense.KEYS, "D": d, "STAGES": dense.STAGES, "TYPE": gl.bfloat16}
+        sizes |= {"FIXED_SHIFT": fixed, **hopper.REGISTERS}
         types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in sizes}
         name = f"dense, heads of {d}, {'fixed shift' if fixed else 'running maximum'}"
-        yield Case(name, kernel, types, sizes, dense.OPTIONS, (90,), True, True, True)
+        yield Case(name, kernel, types, sizes, hopper.OPTIONS, (90,), True, True, True)
 
 
 def _hopper_products() -> Iterator[Case]:
     from triton.experimental.gluon import language as gl
 
+    from kernels import hopper
     from kernels.linear import gluon_impl as linear
 
     shapes = {"x": (linear.ROWS, linear.STEP), "weight": (linear.COLUMNS, linear.STEP)}
-    types = {arg: f"tensordesc<i8[{r}, {c}],{linear.tile_layout(r, c, gl.int8)!r}>" for arg, (r, c) in shapes.items()}
-    layout = linear.tile_layout(linear.ROWS, linear.COLUMNS, gl.bfloat16)
+    types = {arg: f"tensordesc<i8[{r}, {c}],{hopper.tile_layout(r, c, gl.int8)!r}>" for arg, (r, c) in shapes.items()}
+    layout = hopper.tile_layout(linear.ROWS, linear.COLUMNS, gl.bfloat16)
     types["out"] = f"tensordesc<bf16[{linear.ROWS}, {linear.COLUMNS}],{layout!r}>"
     types |= {"x_scale": "*fp32", "weight_scale": "*fp32", "bias": "*bf16", "m": "i32", "n": "i32", "k": "i32"}
     sizes = {"BM": linear.ROWS, "BN": linear.COLUMNS, "BK": linear.STEP, "STAGES": linear.STAGES, "BAND": linear.BAND}
-    sizes |= {"BIAS": True, "TYPE": gl.bfloat16}
-    sizes |= {"COMPUTING": linear.COMPUTING_REGISTERS, "COPYING": linear.COPYING_REGISTERS}
-    yield Case("int8 product (gluon)", linear.multiply_kernel, types, sizes, linear.OPTIONS, (90,), True, True, True)
+    sizes |= {"BIAS": True, "TYPE": gl.bfloat16, **hopper.REGISTERS}
+    yield Case("int8 product (gluon)", linear.multiply_kernel, types, sizes, hopper.OPTIONS, (90,), True, True, True)
 
 
 def _hopper_block_sparse() -> Iterator[Case]:
     from triton.experimental.gluon import language as gl
 
+    from kernels import hopper
     from kernels.block_sparse_attention import gluon_impl as bsa
 
     kernel = bsa.forward_kernel
     for d, fixed in itertools.product((128, 64), (True, False)):
-        tile = f"tensordesc<bf16[{bsa.BLOCK}, {d}],{bsa.tile_layout(d)!r}>"
+        tile = f"tensordesc<bf16[{bsa.BLOCK}, {d}],{hopper.tile_layout(bsa.BLOCK, d)!r}>"
         types = {"q": tile, "k": tile, "v": tile, "out": "*bf16", "lse": "*fp32", "kept": "*i32", "counts": "*i32"}
         types |= {"finished": "*i32", "scale_log2": "fp32", "shift_log2": "fp32"}
         sizes = {"BLOCK": bsa.BLOCK, "D": d, "ROOM": bsa.ROOM, "TYPE": gl.bfloat16, "FIXED_SHIFT": fixed}
-        sizes |= {"PATIENCE": bsa.PATIENCE, "COMPUTING": bsa.COMPUTING_REGISTERS, "COPYING": bsa.COPYING_REGISTERS}
+        sizes |= {"PATIENCE": bsa.PATIENCE, **hopper.REGISTERS}
         types |= {name: "i32" for name in kernel.arg_names if name not in types and name not in sizes}
         name = f"block-sparse (gluon), heads of {d}, {'fixed shift' if fixed else 'running maximum'}"
-        yield Case(name, kernel, types, sizes, bsa.OPTIONS, (90,), True, True, True)
+        yield Case(name, kernel, types, sizes, hopper.OPTIONS, (90,), True, True, True)
 
 
 def _attention(descriptors: bool) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kernels.block_sparse_attention import reference
+from kernels.block_sparse_attention import api, reference
 from kernels.block_sparse_attention.api import block_sparse_attention
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -116,3 +117,12 @@ def test_grid_that_does_not_divide_is_refused():
         block_sparse_attention(q, k, v, (4, 4, 4), (4, 4, 4), sparsity=0.5)
     with pytest.raises(ValueError, match="must be given"):
         block_sparse_attention(q, k, v, (6, 4, 4), (6, 4, 4), sparsity=None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this system")
+def test_what_a_hopper_card_runs():
+    """The kernel in Gluon takes lists of one length, in bf16; the rest is said to be the Triton kernel's."""
+    q = torch.empty(1, 2, 256, 128, dtype=torch.bfloat16, device="meta")
+    assert api.backend(q, q, q) == "gluon"
+    assert api.backend(q, q, q, cdf_threshold=0.9) == "triton_tma"
+    assert api.backend(q, q, q, block_k=128) == api.backend(*[q.half()] * 3) == "triton_tma"

@@ -22,45 +22,36 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.block_sparse_attention.triton_impl import LOG2_E, MAX_LOGIT_BOUND, Rows, fits_descriptors, row_view
-from kernels.dispatch import launch_options
+from kernels.hopper import GROUPS, OPTIONS, REGISTERS, descriptor, load_tile
 
 QUERIES, KEYS = 64, 128  # of one group of warps, of a tile
-GROUPS = 2
 # Tiles of keys and of values in shared memory, 32 KiB each at D 128, beside 32 KiB of queries.
 STAGES = 2
-# Registers of a thread: two groups that compute and the warp that copies share the 504 that three groups may have.
-COMPUTING_REGISTERS, COPYING_REGISTERS = 240, 24
-OPTIONS = launch_options(warps=4, stages=1)
-
-# Newer versions of Triton know it by this name alone.
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
 def _copy(
     q, k, v, q_tiles, k_tiles, v_tiles, q_here, k_here, k_free, v_here, v_free,
     q_row, q_at, k_row, k_at, v_row, v_at, first, tiles,
-    BQ: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The queries, then tile after tile of keys and values, each as soon as its place is free."""
-    mbarrier.expect(q_here, 2 * BQ * D * BYTES)
+    mbarrier.expect(q_here, 2 * BQ * D * 2)
     load_tile(q, [q_row, q_at], q_here, q_tiles.index(0))
     load_tile(q, [q_row + BQ, q_at], q_here, q_tiles.index(1))
     start = 0
     for i in range(tiles):
         stage, turn = i % STAGES, (i // STAGES + 1) & 1
         mbarrier.wait(k_free.index(stage), turn)
-        mbarrier.expect(k_here.index(stage), BK * D * BYTES)
+        mbarrier.expect(k_here.index(stage), BK * D * 2)
         load_tile(k, [k_row + start, k_at], k_here.index(stage), k_tiles.index(stage))
         mbarrier.wait(v_free.index(stage), turn)
-        mbarrier.expect(v_here.index(stage), BK * D * BYTES)
+        mbarrier.expect(v_here.index(stage), BK * D * 2)
         load_tile(v, [v_row + start, v_at], v_here.index(stage), v_tiles.index(stage))
         start = first + i * BK
 
@@ -136,7 +127,7 @@ def attention_kernel(
     q, k, v, out,
     q_batch, q_head, q_col, k_batch, k_head, k_col, v_batch, v_head, v_col, o_stride, o_batch, o_head, o_col,
     heads, n_q, n_k, scale_log2, shift_log2,
-    BQ: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, BYTES: gl.constexpr, STAGES: gl.constexpr, TYPE: gl.constexpr,
+    BQ: gl.constexpr, BK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TYPE: gl.constexpr,
     FIXED_SHIFT: gl.constexpr, COMPUTING: gl.constexpr, COPYING: gl.constexpr,
 ):  # fmt: skip
     """One program: 2 BQ queries of one head over all keys."""
@@ -174,7 +165,7 @@ def attention_kernel(
             (_copy, (
                 q, k, v, q_tiles, k_tiles, v_tiles, q_here, k_here, k_free, v_here, v_free,
                 b * q_batch + h * q_head + row, h * q_col, b * k_batch + h * k_head, h * k_col,
-                b * v_batch + h * v_head, h * v_col, first, tiles, BQ, BK, D, BYTES, STAGES,
+                b * v_batch + h * v_head, h * v_col, first, tiles, BQ, BK, D, STAGES,
             )),
         ],
         [4, 1],
@@ -194,27 +185,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bound: float | None) -> Tensor:
     shift = bound * LOG2_E if bound is not None and fixed else 0.0
     rq, rk, rv, ro = *(_readable(x) for x in (q, k, v)), row_view(out)
     attention_kernel[(triton.cdiv(n, GROUPS * QUERIES), b * h)](
-        _descriptor(rq, QUERIES), _descriptor(rk, KEYS), _descriptor(rv, KEYS), out,
+        *(descriptor(*view.matrix(), (rows, d)) for view, rows in ((rq, QUERIES), (rk, KEYS), (rv, KEYS))), out,
         *rq.strides()[1:], *rk.strides()[1:], *rv.strides()[1:], *ro.strides(),
         h, n, k.shape[2], d**-0.5 * LOG2_E, shift,
-        BQ=QUERIES, BK=KEYS, D=d, BYTES=q.element_size(), STAGES=STAGES, TYPE=gl.bfloat16, FIXED_SHIFT=fixed,
-        COMPUTING=COMPUTING_REGISTERS, COPYING=COPYING_REGISTERS, **OPTIONS,
+        BQ=QUERIES, BK=KEYS, D=d, STAGES=STAGES, TYPE=gl.bfloat16, FIXED_SHIFT=fixed,
+        **REGISTERS, **OPTIONS,
     )  # fmt: skip
     return out
-
-
-def tile_layout(rows: int, d: int) -> gl.NVMMASharedLayout:
-    """How a tile [rows, d] of bf16 lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, d], gl.bfloat16)
 
 
 def _readable(x: Tensor) -> Rows:
     """Rows that TMA can read; a copy where those of x are not aligned."""
     view = row_view(x)
     return view if fits_descriptors(view.tensor) else row_view(view.tensor.clone(memory_format=torch.contiguous_format))
-
-
-def _descriptor(view: Rows, rows: int) -> TensorDescriptor:
-    plain = view.descriptor(rows)
-    layout = tile_layout(*plain.block_shape)
-    return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)

@@ -100,21 +100,23 @@ def attend_in_block_order(
     return _attend(q, k, v, *means, top, cdf_threshold, block_q, block_k, logit_bound)[0]
 
 
-def backend(q: Tensor, k: Tensor, v: Tensor, *, block_q: int = 64, block_k: int = 64) -> Backend:
+def backend(
+    q: Tensor, k: Tensor, v: Tensor, *, block_q: int = 64, block_k: int = 64, cdf_threshold: float | None = None
+) -> Backend:
     """What runs for these tensors: the kernel for Hopper in Gluon, the Triton kernel with TMA descriptors or with
     pointers, or plain torch.
 
-    Gluon makes the forward pass of lists of one length, as sparsity gives them; it needs bf16, blocks of 64 x 64, heads
-    of 64 or 128, compute capability 9.0 and descriptors. With a mass threshold, and for gradients, "gluon" means
-    "triton_tma". Descriptors need compute capability 9.0, a head size that is a power of two and 16-byte aligned rows;
-    the kernels need a place where Triton runs, blocks of a power of two of at least 16 tokens, and one type of at most
-    32 bits.
+    Gluon makes the forward pass (gradients are the Triton kernels') of lists of one length: it needs no mass threshold,
+    bf16, blocks of 64 x 64, heads of 64 or 128, compute capability 9.0 and descriptors. Descriptors need compute
+    capability 9.0, a head size that is a power of two and 16-byte aligned rows; the kernels need a place where Triton
+    runs, blocks of a power of two of at least 16 tokens, and one type of at most 32 bits.
     """
     if not _fits_kernel(q, k, v, block_q, block_k):
         return "reference"
     if not _uses_descriptors(q, k, v):
         return "triton"
-    fits = block_q == block_k == 64 and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128)
+    even = cdf_threshold is None and block_q == block_k == 64
+    fits = even and q.dtype == torch.bfloat16 and q.shape[3] in (64, 128)
     return "gluon" if fits and has_gluon(capability(q)) else "triton_tma"
 
 
@@ -156,8 +158,8 @@ def _attend(
     from kernels.block_sparse_attention import triton_impl
 
     kept, counts = _choose(q, k, q_means, k_means, top, cdf_threshold, block_q, block_k)
-    chosen = backend(q, k, v, block_q=block_q, block_k=block_k)
-    if chosen == "gluon" and cdf_threshold is None:
+    chosen = backend(q, k, v, block_q=block_q, block_k=block_k, cdf_threshold=cdf_threshold)
+    if chosen == "gluon":
         from kernels.block_sparse_attention import gluon_impl
 
         return gluon_impl.launch_forward(q, k, v, kept, counts, logit_bound)

@@ -23,23 +23,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.block_sparse_attention.triton_impl import LOG2_E, MAX_LOGIT_BOUND, Rows, row_view
-from kernels.dispatch import launch_options
+from kernels.block_sparse_attention.triton_impl import LOG2_E, MAX_LOGIT_BOUND, row_view
+from kernels.hopper import GROUPS, OPTIONS, REGISTERS, descriptor, load_tile
 
 BLOCK = 64
 ROOM = 3  # pairs of blocks, of keys or of values, that a group has in shared memory: 32 KiB each at D 128
 PATIENCE = 500  # questions, of about a microsecond, whether the others have come as far
-COMPUTING_REGISTERS, COPYING_REGISTERS = 240, 24
-OPTIONS = launch_options(warps=4, stages=1)
-
-# Newer versions of Triton know it by this name alone.
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -252,25 +245,14 @@ def launch_forward(
     shift = bound * LOG2_E if bound is not None and fixed else 0.0
     rq, rk, rv, ro = (row_view(x) for x in (q, k, v, out))
     blocks = n // BLOCK
-    works = b * h * triton.cdiv(blocks, 2)
+    works = b * h * triton.cdiv(blocks, GROUPS)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     finished = torch.zeros(1, dtype=torch.int32, device=q.device)
     forward_kernel[(min(works, processors),)](
-        _descriptor(rq), _descriptor(rk), _descriptor(rv), out, lse2, kept, counts, finished,
+        *(descriptor(*view.matrix(), (BLOCK, d)) for view in (rq, rk, rv)), out, lse2, kept, counts, finished,
         *rq.strides()[1:], *rk.strides()[1:], *rv.strides()[1:], *ro.strides(),
         h, blocks, kept.shape[-1], works, d**-0.5 * LOG2_E, shift,
         BLOCK=BLOCK, D=d, ROOM=ROOM, TYPE=gl.bfloat16, FIXED_SHIFT=fixed, PATIENCE=PATIENCE,
-        COMPUTING=COMPUTING_REGISTERS, COPYING=COPYING_REGISTERS, **OPTIONS,
+        **REGISTERS, **OPTIONS,
     )  # fmt: skip
     return out, lse2
-
-
-def tile_layout(d: int) -> gl.NVMMASharedLayout:
-    """How a block [64, d] of bf16 lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([BLOCK, d], gl.bfloat16)
-
-
-def _descriptor(view: Rows) -> TensorDescriptor:
-    plain = view.descriptor(BLOCK)
-    layout = tile_layout(plain.block_shape[1])
-    return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)

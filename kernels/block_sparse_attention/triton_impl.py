@@ -341,12 +341,16 @@ class Rows(NamedTuple):
     def strides(self) -> tuple[int, int, int, int]:
         return self.stride, self.batch, self.head, self.col
 
-    def descriptor(self, rows: int) -> TensorDescriptor:
-        """TMA descriptor of tiles of `rows` rows and D columns."""
+    def matrix(self) -> tuple[Tensor, tuple[int, int], int]:
+        """The tensor, how many rows and columns it is read as, and the stride of rows."""
         b, h, n, d = self.tensor.shape
         height = (b - 1) * self.batch + (h - 1) * self.head + n
-        width = (h - 1) * self.col + d
-        return TensorDescriptor(self.tensor, [height, width], [self.stride, 1], [rows, d])
+        return self.tensor, (height, (h - 1) * self.col + d), self.stride
+
+    def descriptor(self, rows: int) -> TensorDescriptor:
+        """TMA descriptor of tiles of `rows` rows and D columns."""
+        tensor, shape, stride = self.matrix()
+        return TensorDescriptor(tensor, list(shape), [stride, 1], [rows, tensor.shape[3]])
 
 
 def row_view(x: Tensor) -> Rows:

@@ -25,18 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.dispatch import launch_options
+from kernels.hopper import GROUPS, OPTIONS, REGISTERS, descriptor, load_tile, store_tile
 
-GROUPS, ROWS, COLUMNS, STEP = 2, 64, 256, 128  # groups of warps, rows of one, outputs of a tile, inputs of a step
+ROWS, COLUMNS, STEP = 64, 256, 128  # of a group of warps, outputs of a tile, inputs of a step
 STAGES = 3
 BAND = 16  # rows of tiles that are made together, so that neighbours share weights in cache
-COMPUTING_REGISTERS, COPYING_REGISTERS = 240, 24
-OPTIONS = launch_options(warps=4, stages=1)
 TYPES = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-# Newer versions of Triton know them by these names alone.
-load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -156,14 +150,9 @@ def multiply(
         scale, weight_scale, weight_scale if bias is None else bias, m, n, k,
         BM=ROWS, BN=COLUMNS, BK=STEP, STAGES=STAGES, BAND=BAND,
         BIAS=bias is not None, TYPE=TYPES[dtype],
-        COMPUTING=COMPUTING_REGISTERS, COPYING=COPYING_REGISTERS, **OPTIONS,
+        **REGISTERS, **OPTIONS,
     )  # fmt: skip
     return out
-
-
-def tile_layout(rows: int, columns: int, element: gl.dtype) -> gl.NVMMASharedLayout:
-    """How a tile lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
 
 
 def _aligned(matrix: Tensor) -> Tensor:
@@ -173,6 +162,5 @@ def _aligned(matrix: Tensor) -> Tensor:
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = tile_layout(rows, columns, TYPES[matrix.dtype])
     # What torch calls the stride of a single row is anything.
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns], layout)
+    return descriptor(matrix, matrix.shape, matrix.shape[1], (rows, columns), TYPES[matrix.dtype])
